@@ -1,0 +1,370 @@
+"""The schema of a run: typed, frozen, validated at construction, every mistake reported at once with its path and a suggestion.
+
+    config = load_config("quickstart", ["train.learning_rate=3e-5", "rewards.0.weight=2"])
+
+A configuration is YAML, a recipe's name or a path, changed by ``key.sub=value`` overrides. Nothing is ever rewritten behind
+the user's back: a value that cannot be honoured is an error, and :func:`dump_config` writes exactly what will run.
+
+Parts with parameters of their own (dynamics, step selections, rewards) are given as a name with free keys next to it; the
+part itself checks those keys when it is built, because the core knows no concrete leaf.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from visalign.geometry import Geometry
+from visalign.settings import ConfigError, apply_overrides, did_you_mean, dump_yaml, parse_yaml, validate
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def _name_alone(value: Any) -> Any:
+    """``steps: all`` is the same as ``steps: {name: all}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Named(BaseModel):
+    """A part by name with its own parameters beside it: ``{name: flow_sde, noise: 0.7}``."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: Annotated[str, Field(min_length=1)]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return copy.deepcopy(self.model_extra or {})
+
+
+NamedPart = Annotated[Named, BeforeValidator(_name_alone)]
+
+
+class RecipeConfig(Section):
+    """Where a recipe's numbers come from and what was really run with them; shown by ``visalign configs``."""
+
+    description: str = ""
+    source: str = ""
+    verification: Literal["not yet run", "tiny random weights", "embedded world", "published weights"] = "not yet run"
+    verified_by: str = ""
+
+    @model_validator(mode="after")
+    def _evidence(self) -> RecipeConfig:
+        if self.verification != "not yet run" and not self.verified_by:
+            raise ValueError(f"verification '{self.verification}' needs verified_by: the command, seed and result that show it")
+        return self
+
+
+class ModelConfig(Section):
+    """Which pipeline, and how it is called.
+
+    Attributes:
+        path: a diffusers folder, a hub id, or ``playground`` for the embedded pipeline.
+        dtype: of the frozen weights; trained weights and latents follow ``train.precision`` and ``sampler.storage_dtype``.
+        device: ``auto`` takes an accelerator when there is one.
+        call: what you would pass to the pipeline (``num_inference_steps``, ``guidance_scale``, ``height``, ...), unchanged.
+        eval_call: keys that replace those of ``call`` during evaluation and in ``visalign sample``.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    dtype: Dtype = "float32"
+    device: str = "auto"
+    call: dict[str, Any] = Field(default_factory=dict)
+    eval_call: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("call", "eval_call")
+    @classmethod
+    def _no_prompt(cls, call: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted({"prompt", "negative_prompt", "generator", "latents", "num_images_per_prompt"} & call.keys())
+        if taken:
+            raise ValueError(f"{', '.join(taken)} cannot be fixed here; prompts (with negative_prompt) come from data.prompts, "
+                             "seeds from train.seed, the number of samples per prompt is train.group_size")
+        return call
+
+
+class DatasetConfig(Section):
+    """A Hugging Face dataset (hub id or local folder) as prompts."""
+
+    dataset: str
+    split: str = "train"
+    column: str = "prompt"
+    negative_column: str | None = None
+    metadata_columns: tuple[str, ...] = ()
+    limit: Positive | None = None
+
+
+class DataConfig(Section):
+    """Prompts: a ``.txt`` or ``.jsonl`` file, ``playground:train`` / ``playground:heldout``, or a dataset."""
+
+    prompts: str | DatasetConfig
+    eval_prompts: str | DatasetConfig | None = None
+
+
+class RewardConfig(Section):
+    """One reward.
+
+    Attributes:
+        name: a built-in name, an entry point of ``visalign.rewards``, or a dotted path ``package.module:attribute``.
+        weight: in the combination (``algorithm.advantage.level`` says of what); negative to punish.
+        params: the reward's own arguments.
+        required: a sample this reward cannot score is left out of the update; if false, the other rewards decide alone.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    params: dict[str, Any] = Field(default_factory=dict)
+    required: bool = True
+
+    @field_validator("weight")
+    @classmethod
+    def _counts(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("a reward with weight 0 does nothing; remove it, or list it under guards to watch it")
+        return weight
+
+
+class GuardConfig(Section):
+    """A metric watched during evaluation and never trained on: how reward hacking is seen."""
+
+    name: Annotated[str, Field(min_length=1)]
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class SamplerConfig(Section):
+    """How trajectories are made.
+
+    Attributes:
+        dynamics: which transition (``flow_sde``, ``dance_sde``, ``cps``, ``ddim``, ``ode``) and its noise.
+        steps: which steps are stochastic and hence trained (``all``, a window, a single one); the last never is.
+        same_initial_noise: the samples of a group start from one noise draw, so that credit falls on the trained steps.
+        storage_dtype: stored latents are rounded to it *before* their log-probability is taken.
+    """
+
+    dynamics: NamedPart = Named(name="flow_sde")
+    steps: NamedPart = Named(name="all")
+    same_initial_noise: bool = False
+    storage_dtype: Dtype = "float32"
+
+
+class AdvantageConfig(Section):
+    """From rewards to advantages.
+
+    Attributes:
+        centre: what is subtracted: the group's mean, the mean of the others (``leave_one_out``), or ranks instead of values.
+        scale: what divides: the group's or the batch's standard deviation, or nothing (Dr. GRPO).
+        level: weights combine raw ``reward`` values first, or per-reward ``advantage`` values (GDPO).
+        clip: largest absolute advantage.
+    """
+
+    centre: Literal["group", "leave_one_out", "rank"] = "group"
+    scale: Literal["group", "global", "none"] = "group"
+    level: Literal["reward", "advantage"] = "reward"
+    clip: PositiveFloat = 5.0
+
+
+class GrpoConfig(Section):
+    """Clipped policy gradient over grouped trajectories.
+
+    Attributes:
+        clip: half width of the ratio's range. It belongs to the log-probability *per dimension*: it scales as 1/sqrt(D).
+        surrogate: ``clip`` (PPO), ``guard`` (GRPO-Guard's ratio norm), ``dppo`` (mask by exact KL, ``clip`` is its threshold).
+        kl_weight: factor of the exact per-dimension KL to the reference; 0 needs no reference forward at all.
+        kl_schedule: over the run, ``constant`` or ``linear`` down to 0 at the last iteration.
+        old_log_prob: ``recorded`` in the rollout, or ``recomputed`` by the training graph before the first update.
+    """
+
+    name: Literal["grpo"] = "grpo"
+    clip: PositiveFloat = 1e-4
+    surrogate: Literal["clip", "guard", "dppo"] = "clip"
+    kl_weight: NonNegative = 0.0
+    kl_schedule: Literal["constant", "linear"] = "constant"
+    old_log_prob: Literal["recorded", "recomputed"] = "recorded"
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+
+
+class TrainConfig(Section):
+    """Geometry and optimiser. You choose groups, group_size and updates; ``visalign train --plan`` shows what follows.
+
+    Attributes:
+        iterations: collect -> score -> credit -> update cycles.
+        groups: prompts per iteration, over all processes.
+        group_size: samples per prompt.
+        updates: optimiser steps per iteration; the samples are split evenly among them.
+        microbatch: samples per forward and backward pass on one process; changes memory, never the result.
+        schedule, warmup: learning-rate schedule and its linear warm-up, in optimiser steps.
+        precision: autocast of the trained forward passes.
+        max_skipped: consecutive steps with a non-finite loss or gradient that are refused before the run stops.
+    """
+
+    iterations: Positive = 100
+    groups: Positive = 8
+    group_size: Annotated[int, Field(ge=2)] = 8
+    updates: Positive = 1
+    microbatch: Positive = 8
+    learning_rate: PositiveFloat = 3e-4
+    optimizer: Literal["adamw"] = "adamw"
+    weight_decay: NonNegative = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: PositiveFloat = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Count = 0
+    precision: Dtype = "float32"
+    gradient_checkpointing: bool = False
+    seed: Count = 0
+    max_skipped: Count = 5
+
+    @field_validator("betas")
+    @classmethod
+    def _in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), got {list(betas)}")
+        return betas
+
+    @model_validator(mode="after")
+    def _divides(self) -> TrainConfig:
+        # What one process cannot divide, several cannot either; the loop checks again with the number of processes.
+        Geometry(groups=self.groups, group_size=self.group_size, updates=self.updates, microbatch=self.microbatch)
+        return self
+
+
+class TrainableConfig(Section):
+    """Which weights learn.
+
+    Attributes:
+        mode: ``lora`` (adapter, the reference is the adapter switched off) or ``full`` (frozen copy as reference).
+        rank, alpha: of the adapter; the update is scaled by alpha / rank. ``alpha: null`` means alpha = rank.
+        target_modules: names (suffixes) of adapted layers; ``null`` adapts every attention projection of the denoiser.
+        init: ``default`` (Kaiming A, zero B) or ``gaussian`` (normal A, zero B): the run starts exactly at the base.
+    """
+
+    mode: Literal["lora", "full"] = "lora"
+    rank: Positive = 16
+    alpha: PositiveFloat | None = None
+    target_modules: tuple[str, ...] | None = None
+    init: Literal["default", "gaussian"] = "default"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and not names:
+            raise ValueError("target_modules is empty, nothing would train; name layers, or null for all attention projections")
+        return names
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the trained weights, used for evaluation and saved as the adapter."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.9
+
+
+class EvaluationConfig(Section):
+    """Every ``every`` iterations (0: only before and after) on ``num_prompts`` prompts with fixed seeds."""
+
+    every: Count = 20
+    num_prompts: Positive = 64
+    seed: Count = 1_000_000
+    batch: Positive = 16
+
+
+class CheckpointConfig(Section):
+    """Every ``every`` iterations (0: only at the end), keeping the last ``keep``."""
+
+    every: Count = 20
+    keep: Positive = 2
+
+
+Tracker = Literal["jsonl", "tensorboard", "wandb", "trackio"]
+
+
+class Config(Section):
+    """A whole run."""
+
+    recipe: RecipeConfig = Field(default_factory=RecipeConfig)
+    model: ModelConfig
+    data: DataConfig
+    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    guards: tuple[GuardConfig, ...] = ()
+    sampler: SamplerConfig = Field(default_factory=SamplerConfig)
+    algorithm: GrpoConfig = Field(default_factory=GrpoConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    trainable: TrainableConfig = Field(default_factory=TrainableConfig)
+    ema: EmaConfig | None = None
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    tracking: tuple[Tracker, ...] = ("jsonl",)
+
+    @field_validator("tracking")
+    @classmethod
+    def _always_jsonl(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if "jsonl" not in trackers:
+            raise ValueError("metrics.jsonl is always written, it is what reports and resume read; add jsonl to the list")
+        if len(set(trackers)) != len(trackers):
+            raise ValueError(f"a tracker is listed twice: {', '.join(trackers)}")
+        return trackers
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    folder = resources.files("visalign.configs")
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_source(name_or_path: str | Path) -> tuple[str, str]:
+    """The YAML text behind a path or a recipe's name, and what to call it in messages.
+
+    Raises:
+        ConfigError: neither a file nor a recipe.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), str(path)
+    name = path.name.removesuffix(".yaml") if str(path.parent) in (".", "configs") else ""
+    if name in recipe_names():
+        return (resources.files("visalign.configs") / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"
+    names = recipe_names()
+    raise ConfigError([f"no such file, and no such recipe{did_you_mean(path.stem, names)}; recipes: {', '.join(names)}"],
+                      f"'{name_or_path}'")
+
+
+def make_config(data: Mapping[str, Any], source: str = "the configuration") -> Config:
+    """Validate plain data.
+
+    Raises:
+        ConfigError: all mistakes at once.
+    """
+    return validate(Config, data, source)
+
+
+def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The run described by a YAML file or recipe with overrides applied.
+
+    Raises:
+        ConfigError: no such file or recipe, not YAML, overrides that cannot be applied, or values that are wrong.
+    """
+    text, source = read_source(name_or_path)
+    try:
+        data = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError([str(error)], source) from None
+    if not isinstance(data, dict):
+        raise ConfigError([f"expected a mapping with sections such as model, data, rewards; got {type(data).__name__}"], source)
+    if overrides:
+        source += " with " + " ".join(overrides)
+    return make_config(apply_overrides(data, overrides), source)
+
+
+def dump_config(config: Config) -> str:
+    """YAML of every value, defaults included; ``load_config`` of it gives the same configuration."""
+    return dump_yaml(config)
