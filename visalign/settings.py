@@ -221,8 +221,8 @@ def _unknown_key(root: type[BaseModel], location: Location) -> str:
 def validation_lines(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """One line ``path: what is wrong`` per mistake pydantic found."""
     lines = []
-    # Union members ('str', 'DatasetConfig', 'function-before[...]') are in pydantic's location but not in the user's path.
-    found = [(item, [part for part in item["loc"] if not (isinstance(part, str) and _is_union_member(part))]) for item in error.errors()]
+    # Union members ('str', 'DatasetConfig', ...) are in the location pydantic gives but not in the path a user knows.
+    found = [(item, [part for part in item["loc"] if not _is_union_member(part)]) for item in error.errors()]
     for item, location in found:
         # What is wrong inside a value says more than that the value as a whole did not fit.
         if any(len(other) > len(location) and other[:len(location)] == location for _, other in found) and location:
@@ -240,8 +240,8 @@ def validation_lines(error: ValidationError, root: type[BaseModel]) -> list[str]
     return list(dict.fromkeys(lines))
 
 
-def _is_union_member(part: str) -> bool:
-    return part in ("str", "int", "float", "bool") or part.endswith("Config") or "[" in part
+def _is_union_member(part: str | int) -> bool:
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or part.endswith("Config") or "[" in part)
 
 
 def validate(schema: type[Model], data: Mapping[str, Any], source: str) -> Model:
