@@ -1,4 +1,19 @@
-"""Reward adapters: media in, Scores out. One file per adapter, imported when it is used."""
+"""Reward adapters: media in, Scores out. One file per adapter, imported when it is used.
+
+``BUILTIN`` maps the names a configuration may use to ``module:attribute [extra]``, the syntax of an entry point; the extra is
+what ``pip install 'visalign[extra]'`` must provide. Third parties use the same syntax in the entry-point group
+``visalign.rewards``.
+"""
 
 if __name__ != "visalign.rewards":
     raise ImportError("import visalign.rewards, not rewards: the second name would load every module twice")
+
+BUILTIN: dict[str, str] = {
+    "bradley_terry": "visalign.rewards.pairwise:BradleyTerry",
+    "captions": "visalign.rewards.captions:CaptionVerifier",
+    "clip": "visalign.rewards.clip:ClipScore",
+    "function": "visalign.rewards.function:FunctionReward",
+    "jpeg_compressibility": "visalign.rewards.jpeg:JpegCompressibility",
+    "jpeg_incompressibility": "visalign.rewards.jpeg:JpegIncompressibility",
+    "win_rate": "visalign.rewards.pairwise:WinRate",
+}
