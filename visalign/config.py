@@ -71,7 +71,7 @@ class ModelConfig(Section):
     """Which pipeline, and how it is called.
 
     Attributes:
-        path: a diffusers folder, a hub id, or ``playground`` for the embedded pipeline.
+        path: a diffusers folder, a hub id, or ``playground:pipeline``; see :func:`resolve_path`.
         dtype: of the frozen weights; trained weights and latents follow ``train.precision`` and ``sampler.storage_dtype``.
         device: ``auto`` takes an accelerator when there is one.
         call: what you would pass to the pipeline (``num_inference_steps``, ``guidance_scale``, ``height``, ...), unchanged.
@@ -118,7 +118,7 @@ class RewardConfig(Section):
     Attributes:
         name: a built-in name, an entry point of ``visalign.rewards``, or a dotted path ``package.module:attribute``.
         weight: in the combination (``algorithm.advantage.level`` says of what); negative to punish.
-        params: the reward's own arguments.
+        params: the reward's own arguments; ``playground:clip`` may stand for a path, see :func:`resolve_path`.
         required: a sample this reward cannot score is left out of the update; if false, the other rewards decide alone.
     """
 
@@ -336,6 +336,27 @@ def read_source(name_or_path: str | Path) -> tuple[str, str]:
     names = recipe_names()
     raise ConfigError([f"no such file, and no such recipe{did_you_mean(path.stem, names)}; recipes: {', '.join(names)}"],
                       f"'{name_or_path}'")
+
+
+def resolve_path(value: Any) -> Any:
+    """``playground:pipeline`` and ``playground:clip`` as the folders they stand for; every other value as it is.
+
+    Used where a model or a reward is *built*; a configuration keeps the short name, so that it runs on another machine.
+
+    Raises:
+        ValueError: the embedded world has no such model.
+    """
+    if not (isinstance(value, str) and value.startswith("playground:")):
+        return value
+    from visalign import playground
+
+    match value.removeprefix("playground:"):
+        case "pipeline":
+            return str(playground.pipeline_path())
+        case "clip":
+            return str(playground.clip_path())
+        case other:
+            raise ValueError(f"'{value}': the playground has no model '{other}', it has pipeline and clip")
 
 
 def make_config(data: Mapping[str, Any], source: str = "the configuration") -> Config:
