@@ -1,0 +1,125 @@
+"""Admission checks and the one place where rewards are called: whole groups in, one ``Scores`` per reward out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from visalign.protocols import Reward, RewardSpec
+from visalign.types import Media, MediaKind, Prompt, Scores
+
+logger = logging.getLogger(__name__)
+
+_SHAPES: Mapping[MediaKind, tuple[torch.dtype, int, str]] = {
+    "image": (torch.uint8, 3, "uint8 (3, H, W) RGB"),
+    "video": (torch.uint8, 4, "uint8 (frames, 3, H, W) RGB"),
+    "audio": (torch.float32, 2, "float32 (channels, samples) in [-1, 1]"),
+    "mesh": (torch.float32, 2, "float32 (V, 3) vertices"),
+}
+
+
+def score(rewards: Mapping[str, Reward], media: Sequence[Media], prompts: Sequence[Prompt],
+          group_id: Sequence[int]) -> dict[str, Scores]:
+    """Ask every reward about all samples, in the order given.
+
+    Args:
+        rewards: by the name under which their scores are reported.
+        media, prompts, group_id: one entry per sample; samples of one group are consecutive or not, but all here.
+    Raises:
+        ValueError: an input a reward does not admit, a group with two prompts, or an answer that is not one score per sample.
+        Exception: whatever a reward raises, with its name in a note; failures a reward expects come back as invalid samples.
+    """
+    _check_groups(media, prompts, group_id)
+    for name, reward in rewards.items():
+        if not isinstance(reward, Reward):
+            raise ValueError(f"'{name}' is a {type(reward).__name__} without score(); a pairwise judge becomes a reward through "
+                             "win_rate: {name: win_rate, params: {judge: {reward: ...}}}")
+        check_inputs(reward.spec, media, prompts, name)
+    scores = {}
+    for name, reward in rewards.items():
+        started = time.perf_counter()
+        with _naming(name, len(media)):
+            answer = reward.score(media, prompts, group_id)
+        if not isinstance(answer, Scores) or len(answer.valid) != len(media):
+            got = f"{len(answer.valid)} scores" if isinstance(answer, Scores) else type(answer).__name__
+            raise ValueError(f"reward '{name}' returned {got} for {len(media)} samples; expected Scores with one entry each")
+        logger.debug("reward %s scored %d samples in %.2f s", name, len(media), time.perf_counter() - started)
+        scores[name] = answer
+    return scores
+
+
+def check_inputs(spec: RewardSpec, media: Sequence[Media], prompts: Sequence[Prompt], name: str | None = None) -> None:
+    """Refuse what a reward cannot read: a wrong kind, dtype, shape or range, or metadata it needs and a prompt lacks.
+
+    Raises:
+        ValueError: names the reward, the row, what is wrong and what would be right.
+    """
+    if len(media) != len(prompts):
+        raise ValueError(f"reward '{name or spec.name}': {len(media)} media for {len(prompts)} prompts; pass one per sample")
+    check_prompts(spec, prompts, name)
+    for row, sample in enumerate(media):
+        problem = _media_problem(spec, sample)
+        if problem:
+            raise ValueError(f"reward '{name or spec.name}', sample {row}: {problem}")
+
+
+def check_prompts(spec: RewardSpec, prompts: Sequence[Prompt], name: str | None = None) -> None:
+    """The part of ``check_inputs`` that needs no sample: a whole prompt file can be checked before anything is generated."""
+    for row, prompt in enumerate(prompts):
+        missing = sorted(key for key in spec.requires - {"prompt"} if key not in prompt.metadata)
+        if missing:
+            raise ValueError(f"reward '{name or spec.name}', prompt {row} ({prompt.text[:60]!r}): metadata lacks "
+                             f"{', '.join(map(repr, missing))} (it has: {', '.join(sorted(prompt.metadata)) or 'none'}); "
+                             f'add it to the line in the prompt file: {{"prompt": ..., "{missing[0]}": ...}}')
+        if "prompt" in spec.requires and not prompt.text.strip():
+            raise ValueError(f"reward '{name or spec.name}', prompt {row}: the text is empty, and this reward reads it")
+
+
+def _media_problem(spec: RewardSpec, sample: Media) -> str | None:
+    if sample.kind not in spec.modality:
+        return f"it reads {' and '.join(sorted(spec.modality))}, not {sample.kind}; use another reward for this model"
+    dtype, dims, expected = _SHAPES[sample.kind]
+    data = sample.data
+    got = f"got {str(data.dtype).removeprefix('torch.')} {tuple(data.shape)}, expected {expected}"
+    if data.dtype != dtype:
+        hint = "; convert with (x.clamp(0, 1) * 255).round().to(torch.uint8)" if dtype == torch.uint8 else ""
+        return got + hint
+    channel_axis = {"image": 0, "video": 1, "mesh": 1}.get(sample.kind)
+    if data.dim() != dims or 0 in data.shape or (channel_axis is not None and data.shape[channel_axis] != 3):
+        return got
+    if sample.kind == "audio" and not bool((data.abs() <= 1).all()):
+        return f"values reach {float(data.abs().max()):.3g}, expected [-1, 1]; divide by the peak or clamp"
+    if sample.kind in ("audio", "video") and not sample.rate:
+        unit = "frames" if sample.kind == "video" else "samples"
+        return f"{sample.kind} without a rate; set Media.rate to its {unit} per second"
+    if sample.kind == "mesh" and sample.faces is None:
+        return "a mesh without faces; set Media.faces to int64 (F, 3)"
+    return None
+
+
+def _check_groups(media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> None:
+    if not len(media) == len(prompts) == len(group_id):
+        raise ValueError(f"{len(media)} media, {len(prompts)} prompts and {len(group_id)} group ids; pass one of each per sample")
+    first: dict[int, Prompt] = {}
+    for row, (prompt, group) in enumerate(zip(prompts, group_id, strict=True)):
+        if first.setdefault(group, prompt).text != prompt.text:
+            raise ValueError(f"sample {row} of group {group} has the prompt {prompt.text[:60]!r}, the group's first has "
+                             f"{first[group].text[:60]!r}; a group shares one prompt")
+
+
+@contextmanager
+def _naming(name: str, num_samples: int) -> Iterator[None]:
+    """Attach the reward's name to an exception on its way out (as a note where Python has them, 3.11)."""
+    try:
+        yield
+    except Exception as error:
+        note = f"while reward '{name}' scored {num_samples} samples"
+        if hasattr(error, "add_note"):
+            error.add_note(note)
+        else:
+            logger.error("%s: %s", note, error)
+        raise
