@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from visalign.types import Comparisons, Media, MediaKind, NoiseLevel, Prediction, Prompt, Role, Schedule, Scores, Transition
+from visalign.types import (
+    Batch,
+    Comparisons,
+    Experience,
+    Media,
+    MediaKind,
+    NoiseLevel,
+    Prediction,
+    Prompt,
+    Role,
+    Schedule,
+    Scores,
+    Trajectory,
+    Transition,
+)
 
 Arity = Literal["pointwise", "pairwise", "groupwise", "set"]
 
@@ -111,6 +125,16 @@ class PairwiseReward(Protocol):
         """Probability that the first of each pair is better, in the order given (callers swap the order themselves)."""
 
 
+class Sampler(Protocol):
+    """Makes samples from a policy; the settings of a run are inside."""
+
+    def rollout(self, policy: Policy, prompts: Sequence[Prompt], *, iteration: int, first_index: int) -> Trajectory:
+        """Groups with the transitions to train on; the first sample has global index ``first_index``."""
+
+    def generate(self, policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], role: Role = "policy") -> Tensor:
+        """Clean latents (n, *latent_shape), float32, by the deterministic sampler; one seed per prompt."""
+
+
 @dataclass(frozen=True)
 class LossTerms:
     """One micro-batch's loss and its metrics.
@@ -119,20 +143,26 @@ class LossTerms:
         loss: scalar to call ``backward`` on: the **sum** over the micro-batch divided by the global denominator, so that
             accumulating micro-batches equals one large batch.
         metrics: name -> (sum, count), aggregated over micro-batches and ranks by the loop; names are ``area/name``.
+        maxima: name -> largest value, aggregated likewise. The loop checks those it knows (``invariants.py``) before the first
+            optimizer step of an iteration, while the weights are still the ones that sampled.
     """
 
     loss: Tensor
     metrics: Mapping[str, tuple[float, float]]
+    maxima: Mapping[str, float] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):
-    """Turns a trajectory with credit into an update. ``loop.py`` calls these four things and nothing else."""
+    """Turns samples with credit into an update. ``loop.py`` calls these three things and nothing else."""
 
     needs_reference: bool
     needs_prediction: bool
 
-    def microbatches(self, batch: Any, microbatch: int, generator: Any) -> Iterable[Any]:
-        """Cut one update's samples into micro-batches, shuffled by ``generator``."""
+    def prepare(self, policy: Policy, experience: Experience, microbatch: int) -> Experience:
+        """Once per iteration, before any update and without gradients, e.g. to recompute old log-probabilities."""
+
+    def microbatches(self, batch: Batch, microbatch: int, generator: Generator) -> Iterable[Any]:
+        """Cut one optimizer step's samples into micro-batches of at most ``microbatch`` samples; randomness from ``generator`` alone."""
 
     def loss(self, policy: Policy, microbatch: Any) -> LossTerms:
         """Forward pass and loss of one micro-batch."""

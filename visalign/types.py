@@ -147,6 +147,38 @@ class Trajectory:
 
 
 @dataclass(frozen=True)
+class Experience:
+    """One iteration's samples on this process with the credit they earned.
+
+    Attributes:
+        trajectory: the samples.
+        advantage: per sample and stored step, float32 (N, S); 0 where invalid.
+        valid: bool (N,); an invalid sample counts in no sum and no denominator.
+        iteration: 0-based.
+    """
+
+    trajectory: Trajectory
+    advantage: Tensor
+    valid: Tensor
+    iteration: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step uses on this process.
+
+    Attributes:
+        experience: the iteration it belongs to.
+        rows: int64 (n,), rows of ``experience.trajectory``.
+        denominator: valid samples of this optimizer step over *all* processes; a loss is a sum divided by it (and by S where summed over steps).
+    """
+
+    experience: Experience
+    rows: Tensor
+    denominator: float
+
+
+@dataclass(frozen=True)
 class Scores:
     """What a reward says about n samples. An invalid sample has no number anywhere: it is masked out of every statistic.
 
