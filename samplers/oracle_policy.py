@@ -1,0 +1,118 @@
+"""A policy without a network: the exact denoiser of Gaussian data, with a learnable shift of the mean it believes in.
+
+It implements the whole ``Policy`` protocol in microseconds, and what training it should give is known in closed form
+(``visalign.maths.oracle``), which makes it the proof of rollout, loop and algorithms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from visalign.maths.oracle import GaussianWorld
+from visalign.types import Media, Prediction, Prompt, Role, Schedule
+
+
+@dataclass(frozen=True)
+class GaussianConditioning:
+    """One offset of the data mean per row, (rows,): prompts may differ in how easy their reward is."""
+
+    offset: Tensor
+
+    def __len__(self) -> int:
+        return self.offset.shape[0]
+
+    def select(self, rows: Sequence[int]) -> GaussianConditioning:
+        return GaussianConditioning(self.offset[torch.as_tensor(list(rows), dtype=torch.int64)])
+
+
+class GaussianPolicy(nn.Module):
+    """The perfect network for ``N(mean + offset(prompt) + shift, var)``, where ``shift`` is trained and starts at 0.
+
+    The reward ``a . x0`` with a KL weight of ``beta`` has its optimum at ``shift = var a / beta``.
+
+    Args:
+        world: data distribution; ``mean`` or ``var`` is a tensor of the latent's shape: (channels, samples) for "audio", which
+            carries latents to rewards without loss, (3, H, W) for "image" ([-1, 1] becomes uint8).
+        schedule: levels to visit, e.g. ``flow_schedule(dance_sigmas(10, shift=3.0))``.
+        per_step: one shift per sampler step, parameter (T, *latent_shape), instead of one for all, (*latent_shape).
+        media: what ``decode`` returns.
+        dtype: of the parameter and of predictions; float64 for exact tests.
+    """
+
+    device: torch.device
+
+    def __init__(
+        self,
+        world: GaussianWorld,
+        schedule: Schedule,
+        per_step: bool = False,
+        media: Literal["audio", "image"] = "audio",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.schedule, self.media, self.per_step = schedule, media, per_step
+        mean, var = torch.broadcast_tensors(torch.as_tensor(world.mean, dtype=dtype), torch.as_tensor(world.var, dtype=dtype))
+        self.latent_shape = tuple(mean.shape)
+        if (media == "image" and not (mean.dim() == 3 and mean.shape[0] == 3)) or (media == "audio" and mean.dim() != 2):
+            wanted = "(3, H, W)" if media == "image" else "(channels, samples)"
+            raise ValueError(f"media {media!r} needs a world of shape {wanted}, got {self.latent_shape}")
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("var", var.clone())
+        self.device = torch.device("cpu")
+        shape = (schedule.num_steps, *self.latent_shape) if per_step else self.latent_shape
+        self.shift = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        self._snapshots: dict[Role, Tensor] = {"reference": self.shift.detach().clone()}
+
+    def encode(self, prompts: Sequence[Prompt]) -> GaussianConditioning:
+        """The offset of a prompt is ``metadata["offset"]``, 0 without."""
+        offsets = [float(prompt.metadata.get("offset", 0.0)) for prompt in prompts]
+        return GaussianConditioning(torch.tensor(offsets, dtype=self.mean.dtype))
+
+    def initial_latents(self, seeds: Sequence[int]) -> Tensor:
+        """``sigma_0`` times unit noise, float32 (len(seeds), *latent_shape), as pipelines start."""
+        noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return self.schedule.levels[0].sigma * torch.stack(noise)
+
+    def predict(self, x: Tensor, step: int, conditioning: GaussianConditioning, role: Role = "policy") -> Prediction:
+        """Posterior means of both end points under this role's shift, for ``x`` (B, *latent_shape).
+
+        Raises:
+            ValueError: the role has no weights, or the conditioning has not one row per sample.
+        """
+        if len(conditioning) != x.shape[0]:
+            raise ValueError(f"{x.shape[0]} states need as many conditioning rows, got {len(conditioning)}; repeat them with select")
+        weights = self.shift if role == "policy" else self._snapshot(role)
+        shift = weights[step] if self.per_step else weights
+        offset = conditioning.offset.reshape(-1, *([1] * len(self.latent_shape)))
+        world = GaussianWorld(mean=self.mean + offset + shift, var=self.var)
+        return world.predict(x.to(torch.promote_types(x.dtype, self.mean.dtype)), self.schedule.levels[step])
+
+    def decode(self, latents: Tensor) -> list[Media]:
+        """Audio: the latents themselves, one sample per second. Image: [-1, 1] rounded to uint8."""
+        if self.media == "audio":
+            return [Media(kind="audio", data=latent.detach().float(), rate=1.0) for latent in latents]
+        pixels = ((latents.detach() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return [Media(kind="image", data=image) for image in pixels]
+
+    def named_trainable(self) -> Mapping[str, nn.Parameter]:
+        return {"shift": self.shift}
+
+    def has_role(self, role: Role) -> bool:
+        return role == "policy" or role in self._snapshots
+
+    def snapshot(self, role: Role) -> None:
+        """Copy the current weights to ``role``, e.g. "old" before an update."""
+        self._snapshots[role] = self.shift.detach().clone()
+
+    def _snapshot(self, role: Role) -> Tensor:
+        if role not in self._snapshots:
+            raise ValueError(f"no weights play the role {role!r} yet; call snapshot({role!r}) first (have: policy, "
+                             f"{', '.join(self._snapshots)})")
+        return self._snapshots[role]
