@@ -120,12 +120,15 @@ class RewardConfig(Section):
         weight: in the combination (``algorithm.advantage.level`` says of what); negative to punish.
         params: the reward's own arguments; ``playground:clip`` may stand for a path, see :func:`resolve_path`.
         required: a sample this reward cannot score is left out of the update; if false, the other rewards decide alone.
+        shift, scale: frozen standardisation ``(value - shift) / scale`` before weighting; matters at level ``reward`` alone.
     """
 
     name: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
     required: bool = True
+    shift: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    scale: PositiveFloat = 1.0
 
     @field_validator("weight")
     @classmethod
@@ -165,13 +168,19 @@ class AdvantageConfig(Section):
         centre: what is subtracted: the group's mean, the mean of the others (``leave_one_out``), or ranks instead of values.
         scale: what divides: the group's or the batch's standard deviation, or nothing (Dr. GRPO).
         level: weights combine raw ``reward`` values first, or per-reward ``advantage`` values (GDPO).
-        clip: largest absolute advantage.
+        whiten: at level ``advantage``, divide the weighted sum by its standard deviation over the batch.
+        ddof: 1 for the unbiased standard deviation, 0 for the population's.
+        eps: added to every standard deviation.
+        clip: largest absolute advantage; ``null`` for no limit.
     """
 
     centre: Literal["group", "leave_one_out", "rank"] = "group"
     scale: Literal["group", "global", "none"] = "group"
     level: Literal["reward", "advantage"] = "reward"
-    clip: PositiveFloat = 5.0
+    whiten: bool = True
+    ddof: Literal[0, 1] = 1
+    eps: NonNegative = 1e-8
+    clip: PositiveFloat | None = 5.0
 
 
 class GrpoConfig(Section):
@@ -304,6 +313,13 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: tuple[Tracker, ...] = ("jsonl",)
+
+    @field_validator("rewards")
+    @classmethod
+    def _one_required(cls, rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
+        if not any(reward.required for reward in rewards):
+            raise ValueError("no reward is required, so that a group could be left without any; set required: true for one")
+        return rewards
 
     @field_validator("tracking")
     @classmethod

@@ -1,0 +1,196 @@
+"""``visalign``: the command line. Each command is a few lines here and its work in ``visalign/commands``.
+
+Errors a user can act on (a wrong configuration, a missing file, a full disk) end with one message and exit status 1 or 2;
+``visalign --debug ...`` shows the traceback. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from typer.core import TyperGroup
+
+from visalign import __version__
+from visalign.settings import ConfigError
+
+errors = Console(stderr=True)
+
+
+class TeachingGroup(TyperGroup):
+    """Turns expected errors into one message; the only place that does."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            errors.print("\n[yellow]stopped.[/] A run continues from its last checkpoint with: visalign train --resume RUN")
+            raise typer.Exit(130) from None
+        except (ValueError, OSError, RuntimeError) as error:
+            if ctx.params.get("debug") or (isinstance(error, RuntimeError) and not _raised_by_us(error)):
+                raise
+            errors.print("[bold red]error:[/] ", end="")
+            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+
+
+def _raised_by_us(error: BaseException) -> bool:
+    """Whether a message was written here for users; a RuntimeError from inside torch is a bug and keeps its traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("visalign")
+
+
+app = typer.Typer(
+    cls=TeachingGroup, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Align any diffusion or rectified-flow generator with any preference signal.",
+    epilog="Start here:  [bold]visalign quickstart[/]  (minutes on a laptop CPU, nothing to download)\n\n"
+           "Then:  [bold]visalign configs[/]  to see the recipes,  [bold]visalign train RECIPE --plan[/]  to see what one would do.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(
+    metavar="[KEY=VALUE]...", show_default=False,
+    help="Changes to the configuration, e.g. train.learning_rate=1e-4 rewards.0.weight=2 'rewards.+={name: jpeg_compressibility}'.")]
+CallArguments = Annotated[list[str] | None, typer.Argument(
+    metavar="[KEY=VALUE]...", show_default=False,
+    help="Arguments of the pipeline's call, e.g. num_inference_steps=28 guidance_scale=4.5 height=512.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True, handlers=[RichHandler(console=errors, show_path=False, show_time=False)])
+    logging.getLogger("visalign").setLevel(logging.DEBUG if debug else logging.INFO)
+    for noisy in ("httpx", "matplotlib", "PIL", "diffusers", "transformers", "accelerate", "root"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command(epilog="Examples:\n\n"
+             "  visalign train sd35_flow_grpo --plan                        what it would do and need, nothing is loaded\n\n"
+             "  visalign train my.yaml train.groups=16 --out runs/first     run it\n\n"
+             "  visalign train --resume runs/first                          continue it, exactly where it stopped\n\n"
+             "  torchrun --nproc_per_node 8 -m visalign train my.yaml       on several GPUs")
+def train(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False, help="A YAML file, or a recipe's name (visalign configs).")] = None,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show batch geometry, forwards and estimated memory; load no weights.")] = False,
+    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Continue the run in this folder.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; default runs/NAME-DATE.")] = None,
+) -> None:
+    """Align a pipeline with rewards; leaves a run folder with an adapter and a report."""
+    from visalign.commands import train as command
+
+    command.run(config, list(overrides or []), plan=plan, resume=resume, out=out)
+
+
+@app.command(epilog="Examples:\n\n"
+             "  visalign sample playground:pipeline -p 'a red circle' --out samples/base\n\n"
+             "  visalign sample runs/first -p 'a red circle' --seeds 0-7          the run's model with its adapter\n\n"
+             "  visalign sample org/model --adapter runs/first/adapter --prompts prompts.txt num_inference_steps=28")
+def sample(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, playground:pipeline, or a run's folder.")],
+    call: CallArguments = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A run's adapter folder.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="A .txt or .jsonl file, or playground:heldout.")] = None,
+    seeds: Annotated[str, typer.Option("--seeds", help="For every prompt: 0-3 or 1,5,9.")] = "0",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the run's, or float32.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the samples go.")] = Path("samples"),
+) -> None:
+    """Generate with a pipeline and, if given, a trained adapter: PNG, MP4 or WAV files and their index."""
+    from visalign.commands import sample as command
+
+    command.run(model, list(call or []), adapter=adapter, texts=list(prompt or []), source=prompts, seeds=seeds, dtype=dtype,
+                device=device, out=out)
+
+
+@app.command(epilog="Examples:\n\n"
+             "  visalign score samples/base -r captions -r '{name: clip, params: {model: playground:clip}}'\n\n"
+             "  visalign score photos --prompts captions.txt -r '{name: clip, params: {model: ViT-L-14, pretrained: openai}}'\n\n"
+             "  visalign score samples -r my_rewards.py:sharpness       your own function f(media, prompts)")
+def score(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, videos or sounds; with samples.jsonl their prompts are known.")],
+    reward: Annotated[list[str] | None, typer.Option("--reward", "-r", help="A name, a dotted path, or {name: ..., params: {...}}.")] = None,
+    config: Annotated[str | None, typer.Option("--config", metavar="CONFIG", help="Take rewards and guards from a configuration.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="One prompt per file, in the order of file names.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Per-sample scores; default FOLDER/scores.jsonl.")] = None,
+) -> None:
+    """Score a folder of media with any rewards: a table, and one row per sample."""
+    from visalign.commands import score as command
+
+    command.run(folder, list(reward or []), config=config, source=prompts, device=device, out=out)
+
+
+@app.command(epilog="Examples:\n\n"
+             "  visalign inspect playground:pipeline\n\n"
+             "  visalign inspect org/model num_inference_steps=8 guidance_scale=4.5 height=256 width=256")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or playground:pipeline.")],
+    call: CallArguments = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Show what was found inside a pipeline, and whether replaying it gives the pipeline's own result."""
+    from visalign.commands import inspect as command
+
+    command.run(model, list(call or []), dtype=dtype, device=device)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, finished or not.")]) -> None:
+    """Write a run's report.html: one self-contained file with curves, before/after pictures and settings."""
+    from visalign.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def env() -> None:
+    """Versions and devices, ready to paste into a bug report."""
+    from visalign.commands.env import describe
+
+    typer.echo(describe())
+
+
+@app.command(epilog="Example:\n\n  visalign configs sd35_flow_grpo > my.yaml")
+def configs(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Print this recipe's YAML.")] = None) -> None:
+    """List the recipes with their sources and what was verified; or print one."""
+    from visalign.commands import configs as command
+
+    command.run(name)
+
+
+@app.command(epilog="Examples:\n\n  visalign quickstart\n\n  visalign quickstart --seed 1 train.iterations=100 --out runs/longer")
+def quickstart(
+    overrides: Overrides = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the run; evaluation prompts and noise stay the same.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; default runs/quickstart-DATE.")] = None,
+) -> None:
+    """Align the embedded text-to-image pipeline on this machine, and show before and after."""
+    from visalign.quickstart import run
+
+    run(list(overrides or []), seed=seed, out=out)
+
+
+def main() -> None:
+    app(prog_name="visalign")
+
+
+if __name__ == "__main__":
+    main()
