@@ -1,0 +1,253 @@
+"""The way from rewards to advantages.
+
+    raw -> direction -> frozen standardisation -> combine -> group advantage          level="reward"
+    raw -> direction -> frozen standardisation -> group advantage -> combine          level="advantage" (GDPO, Pref-GRPO)
+
+``Scores.value`` already carries the direction. Everything here is a pure function of gathered scores: every process that holds
+all samples computes the same credit. Only ``CircuitBreaker`` keeps a memory, and it is checkpointed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visalign.maths.advantages import AdvantageRule, group_advantages
+from visalign.protocols import Reward
+from visalign.types import Scores
+
+
+@dataclass(frozen=True)
+class RewardTerm:
+    """One reward's part in the objective.
+
+    Attributes:
+        name: key of its scores and logs.
+        reward: what scores the samples.
+        weight: not 0; negative to punish. Of the standardised value or of the advantage, see ``assign_credit``.
+        required: a sample without this score is left out of the update. If false, a group that lacks some of these scores is
+            judged by the other rewards alone, with their weights enlarged to the same total.
+        shift, scale: frozen standardisation ``(value - shift) / scale``, ``scale > 0``; for example mean and standard deviation
+            under the initial policy, or 26 for PickScore. They matter at level "reward" alone: group statistics cancel them.
+    """
+
+    name: str
+    reward: Reward
+    weight: float = 1.0
+    required: bool = True
+    shift: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight) or self.weight == 0:
+            raise ValueError(f"reward '{self.name}': weight {self.weight} does nothing; remove it, or watch it as a guard")
+        if not (math.isfinite(self.scale) and self.scale > 0 and math.isfinite(self.shift)):
+            raise ValueError(f"reward '{self.name}': standardisation (value - {self.shift}) / {self.scale} needs a finite shift and "
+                             "a scale above 0; a reward that is better when smaller declares direction=-1 in its spec")
+
+    def standardise(self, scores: Scores) -> Tensor:
+        """``(value - shift) / scale``, float64 (n,), NaN where invalid."""
+        return (scores.value.double() - self.shift) / self.scale
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What the update learns from.
+
+    Attributes:
+        advantage: float32 (N,); exactly 0 where invalid and in groups without spread.
+        valid: bool (N,); invalid samples count nowhere, neither in a statistic nor in a loss denominator.
+        scores: each reward's scores.
+        reward: the weighted sum of standardised values, float32 (N,), NaN where invalid.
+        metrics: ``reward/<name>/...`` per reward and ``credit/...`` over all.
+    """
+
+    advantage: Tensor
+    valid: Tensor
+    scores: Mapping[str, Scores]
+    reward: Tensor
+    metrics: Mapping[str, float]
+
+
+def assign_credit(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group_id: Tensor,
+                  rule: AdvantageRule | None = None) -> Credit:
+    """Advantages of N gathered samples.
+
+        level "reward":     A = advantage( sum_k w_k z_k )               the reward with the largest spread dominates
+        level "advantage":  A = sum_k w_k advantage( z_k )               every reward has the influence its weight says
+
+    with ``z_k`` the standardised value of reward k and ``advantage`` as in ``maths.advantages``. An invalid sample changes nobody
+    else's advantage. A group with no more than half of its samples valid, or fewer than two, is left out.
+
+    Args:
+        terms: the rewards; at least one is required.
+        scores: by term name, n = N each.
+        group_id: int64 (N,).
+        rule: centre, scale, level, clip; ``None`` for the defaults. ``rule.whiten`` counts at level "advantage" alone.
+    Raises:
+        ValueError: a term without scores, scores of another length, two terms of one name, or no required term.
+    Sources: GRPO, arXiv:2402.03300 (group statistics); GDPO, arXiv:2601.05242 (per-reward normalisation, batch whitening).
+    """
+    rule = rule or AdvantageRule()
+    _check(terms, scores, group_id)
+    group = group_id.unique(return_inverse=True)[1]
+    valid, healthy = _valid_samples(terms, scores, group)
+    weights, lacking = _weights(terms, scores, group, valid)
+    values = torch.stack([term.standardise(scores[term.name]) for term in terms])
+    values = torch.where(weights != 0, values, 0.0)  # a reward its group does without may be NaN there
+    reward = torch.where(valid, (weights * values).sum(dim=0), torch.nan)
+    once = replace(rule, level="reward")
+    if rule.level == "reward":
+        advantage = group_advantages(reward, valid, group_id, once).advantage
+    else:
+        unclipped = replace(once, clip=None)
+        each = [group_advantages(value, weight != 0, group_id, unclipped).advantage
+                for value, weight in zip(values, weights, strict=True)]
+        advantage = (weights * torch.stack(each)).sum(dim=0)
+        if rule.whiten:
+            # Every group sums to 0 by now, so that centring does nothing and the global std is the batch's.
+            once = replace(once, centre="group", scale="global")
+            advantage = group_advantages(advantage, valid, group_id, once).advantage
+        elif rule.clip is not None:
+            advantage = advantage.clamp(-rule.clip, rule.clip)
+
+    metrics: dict[str, float] = {}
+    for term, absent in zip(terms, lacking, strict=True):
+        metrics |= reward_metrics(term.name, scores[term.name], group)
+        if not term.required:
+            metrics[f"reward/{term.name}/groups_without"] = _mean(absent[healthy])
+    metrics |= {
+        "credit/valid_rate": _mean(valid),
+        "credit/dropped_group_fraction": _mean(~healthy),
+        "credit/zero_spread_fraction": _mean((_group_sum(advantage.abs(), group) == 0)[healthy]),
+        "credit/clipped_fraction": _mean((advantage.abs() >= (rule.clip or math.inf))[valid]),
+        "credit/advantage_std": _rms(advantage[valid]),
+        "credit/reward_mean": _mean(reward[valid]),
+    }
+    return Credit(advantage=advantage.float(), valid=valid, scores=dict(scores), reward=reward.float(),
+                  metrics={name: value for name, value in metrics.items() if not math.isnan(value)})
+
+
+def reward_metrics(name: str, scores: Scores, group: Tensor) -> dict[str, float]:
+    """``reward/<name>/`` mean, std, group_std (mean over groups of the spread within), valid_rate, and the mean of every detail.
+
+    On the reward's own raw scale, over valid samples; NaN where there is none.
+    """
+    valid, raw = scores.valid, scores.raw.double()
+    known = torch.where(valid, raw, 0.0)
+    count = _group_sum(valid.double(), group)
+    centred = torch.where(valid, raw - (_group_sum(known, group) / count.clamp(min=1))[group], 0.0)
+    group_std = (_group_sum(centred.square(), group) / count.clamp(min=1)).sqrt()
+    metrics = {"mean": _mean(raw[valid]), "std": _rms(raw[valid] - _mean(raw[valid])), "group_std": _mean(group_std[count > 0]),
+               "valid_rate": _mean(valid)}
+    for axis, detail in scores.details.items():
+        metrics[axis] = _mean(detail[torch.isfinite(detail)])
+    return {f"reward/{name}/{key}": value for key, value in metrics.items()}
+
+
+def _check(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group_id: Tensor) -> None:
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two rewards share a name: {', '.join(names)}; give each its own")
+    if not any(term.required for term in terms):
+        raise ValueError(f"no reward among {', '.join(names) or 'none'} is required; set required=True for one, or a group could "
+                         "be left without any")
+    for name in names:
+        if name not in scores:
+            raise ValueError(f"no scores for the reward '{name}'; scored were: {', '.join(scores) or 'none'}")
+        if len(scores[name].valid) != len(group_id):
+            raise ValueError(f"reward '{name}' scored {len(scores[name].valid)} samples, there are {len(group_id)} group ids; "
+                             "gather scores and group ids alike before assigning credit")
+    if group_id.is_floating_point():
+        raise ValueError(f"group_id is {group_id.dtype}; keep it int64: floats merge large ids")
+
+
+def _valid_samples(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples with every required score, (N,), in groups with enough of them, (P,)."""
+    valid = torch.stack([scores[term.name].valid for term in terms if term.required]).all(dim=0)
+    count, size = _group_sum(valid.double(), group), _group_sum(torch.ones_like(group, dtype=torch.float64), group)
+    healthy = (count >= 2) & (count > 0.5 * size)
+    return valid & healthy[group], healthy
+
+
+def _weights(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (K, N), 0 where invalid, and which rewards a group does without, bool (K, P).
+
+    One missing optional score removes that reward from its whole group: siblings judged on different sums would be incomparable.
+    """
+    lacking = torch.stack([_group_sum((valid & ~scores[term.name].valid).double(), group) > 0 for term in terms])
+    weight = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None] * ~lacking
+    total = sum(abs(term.weight) for term in terms)
+    weight = weight * total / weight.abs().sum(dim=0)
+    return weight[:, group] * valid, lacking
+
+
+def _group_sum(x: Tensor, group: Tensor) -> Tensor:
+    """Sum over each group's samples, (P,), in float64."""
+    return torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add_(0, group, x.double())
+
+
+def _mean(x: Tensor) -> float:
+    return float(x.double().mean())
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+class CircuitBreaker:
+    """Stops a run whose rewards fail: masking keeps a failure out of the statistics, it cannot replace the missing signal.
+
+    Trips when, for some reward, more than ``threshold * window`` of its last ``window`` samples were invalid (counted in whole
+    updates), or when one update left it without a single score.
+    """
+
+    def __init__(self, threshold: float = 0.05, window: int = 1000) -> None:
+        """
+        Args:
+            threshold: largest tolerated fraction of invalid samples, in (0, 1].
+            window: how many recent samples are remembered per reward.
+        """
+        if not 0 < threshold <= 1 or window < 1:
+            raise ValueError(f"threshold {threshold} must lie in (0, 1] and window {window} be at least 1")
+        self.threshold = threshold
+        self.window = window
+        self._updates: dict[str, deque[tuple[int, Counter[str]]]] = {}
+
+    def update(self, scores: Mapping[str, Scores]) -> None:
+        """Count one update's scores.
+
+        Raises:
+            RuntimeError: a reward failed too often; says how often and why.
+        """
+        for name, answer in scores.items():
+            updates = self._updates.setdefault(name, deque())
+            updates.append((len(answer.valid), Counter(reason or "unknown" for reason, ok
+                                                       in zip(answer.reasons, answer.valid.tolist(), strict=True) if not ok)))
+            while len(updates) > 1 and sum(size for size, _ in updates) - updates[0][0] >= self.window:
+                updates.popleft()
+            reasons = sum((failures for _, failures in updates), Counter[str]())
+            if len(answer.valid) and not answer.valid.any():
+                raise RuntimeError(self._message(name, f"gave no score for any of {len(answer.valid)} samples", reasons))
+            if reasons.total() > self.threshold * self.window:
+                total = sum(size for size, _ in updates)
+                raise RuntimeError(self._message(name, f"failed for {reasons.total()} of the last {total} samples (tolerated: "
+                                                 f"{self.threshold:.0%} of {self.window})", reasons))
+
+    @staticmethod
+    def _message(name: str, what: str, reasons: Counter[str]) -> str:
+        causes = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
+        return (f"reward '{name}' {what}: {causes}. Check its server, its prompt format and the media it gets, then resume from the "
+                "last checkpoint; required=False lets the other rewards decide alone where it fails")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: [[size, dict(failures)] for size, failures in updates] for name, updates in self._updates.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._updates = {name: deque((size, Counter(failures)) for size, failures in updates) for name, updates in state.items()}
