@@ -50,7 +50,7 @@ def test_answers_must_be_one_score_per_sample(reward, got):
 
 
 def test_a_bare_pairwise_judge_is_told_about_win_rates():
-    judge = load_reward("bradley_terry", reward={"reward": "jpeg_compressibility"})
+    judge = load_reward("bradley_terry", pointwise={"reward": "jpeg_compressibility"})
     with pytest.raises(ValueError, match=r"'judge' is a BradleyTerry without score\(\).*win_rate"):
         score({"judge": judge}, [IMAGE], [Prompt("a")], [0])
 
