@@ -1,0 +1,143 @@
+"""How a pipeline combines the denoiser's predictions into one model output: guidance, found by least squares.
+
+Linear guidance gives weights per prediction (-3.5 and 4.5 for scale 4.5; 1 without guidance; -1 for a negated output). Three published
+nonlinear corrections are recognised when the linear fit fails: they multiply the linear combination ``m`` by a factor that depends on
+the conditional prediction ``p``:
+
+    rescale       m * (phi std(p) / std(m) + 1 - phi)            guidance_rescale, arXiv:2305.08891 eq. 15-16
+    token norm    m * |p|_token / |m|_token                      true CFG of Qwen-Image
+    norm cap      m * min(1, c |p| / |m|)                        cfg_normalization of Z-Image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from visalign.samplers.observe import CaptureError
+
+LINEAR_TOLERANCE = 1e-5
+Correction = Literal["none", "rescale", "token norm", "norm cap"]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """``model output = correction(sum_r weights[r] prediction_r) + state_weight * state``.
+
+    Attributes:
+        weights: one per prediction row of the step, in call order.
+        state_weight: weight of the state itself, 0 unless the pipeline preconditions by hand.
+        correction, conditional, strength: the nonlinear factor, the row it compares with, and its parameter.
+        residual: relative residual of the fit.
+    """
+
+    weights: tuple[float, ...]
+    state_weight: float = 0.0
+    correction: Correction = "none"
+    conditional: int = 0
+    strength: float = 0.0
+    residual: float = 0.0
+
+    def __call__(self, predictions: Sequence[Tensor], state: Tensor) -> Tensor:
+        """Combine rows of shape (B, ...) at state (B, ...); differentiable."""
+        used = [(weight, row) for weight, row in zip(self.weights, predictions, strict=True) if weight != 0]
+        out = used[0][1] if used[0][0] == 1 else used[0][0] * used[0][1]
+        for weight, row in used[1:]:
+            out = out + weight * row
+        if self.correction != "none":
+            out = out * factor(self.correction, out, predictions[self.conditional], self.strength)
+        return out if self.state_weight == 0 else out + self.state_weight * state
+
+    def describe(self) -> str:
+        text = " ".join(f"{weight:+.4g}" for weight in self.weights)
+        if self.correction != "none":
+            text += f" with {self.correction}" + (f" {self.strength:.3g}" if self.strength else "")
+        return text + (f", state {self.state_weight:+.4g}" if self.state_weight else "")
+
+
+def factor(correction: Correction, combined: Tensor, conditional: Tensor, strength: float) -> Tensor:
+    """The multiplier of a nonlinear correction, broadcastable to (B, ...)."""
+    inner = tuple(range(1, combined.ndim))
+    if correction == "rescale":
+        ratio = conditional.std(dim=inner, keepdim=True) / combined.std(dim=inner, keepdim=True)
+        return strength * ratio + (1 - strength)
+    if correction == "token norm":
+        return conditional.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
+    norms = [torch.linalg.vector_norm(value, dim=inner, keepdim=True) for value in (conditional, combined)]
+    return (strength * norms[0] / norms[1]).clamp(max=1.0)
+
+
+def fit_combination(runs: Sequence[Sequence[Tensor]], answers: Sequence[Tensor], states: Sequence[Tensor], step: int) -> Combination:
+    """Find the combination that turns each run's predictions into its answer.
+
+    Args:
+        runs: per run, the predictions of one step, each (1, ...) or the state's shape.
+        answers: per run, the tensor given to ``scheduler.step``.
+        states: per run, the state of that step.
+    Raises:
+        CaptureError: neither linear nor one of the named corrections.
+    """
+    rows = [[row.reshape(1, *answer.shape[1:] if answer.shape[0] == 1 else answer.shape).double() for row in run]
+            for run, answer in zip(runs, answers, strict=True)]
+    targets = [answer.reshape(one[0].shape).double() for answer, one in zip(answers, rows, strict=True)]
+    inputs = [state.reshape(one[0].shape).double() for state, one in zip(states, rows, strict=True)]
+    coarse = answers[0].dtype in (torch.bfloat16, torch.float16)
+    tolerance = 2e-2 if coarse else LINEAR_TOLERANCE
+    weights, residual = _solve([[*one, state] for one, state in zip(rows, inputs, strict=True)], targets)
+    if residual < tolerance:
+        return Combination(tuple(weights[:-1]), weights[-1], residual=residual)
+    best = residual
+    for candidate in _nonlinear(rows, targets):
+        error = max(float((candidate(one, state) - target).norm() / target.norm())
+                    for one, target, state in zip(rows, targets, inputs, strict=True))
+        best = min(best, error)
+        if error < 10 * tolerance:
+            return Combination(**{**candidate.__dict__, "residual": error})
+    raise CaptureError(f"step {step}: the model output is not a linear combination of the denoiser's {len(rows[0])} predictions (relative residual "
+                       f"{residual:.2g}) nor one of guidance rescale, token norm or norm cap (best {best:.2g}). Switch off the guidance option "
+                       "that mixes predictions nonlinearly (APG, CFG-Zero*, perturbed or adaptive guidance), or set its strength to 0")
+
+
+def _solve(runs: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> tuple[list[float], float]:
+    """Least-squares weights over all runs jointly and the relative residual; weights within 1e-6 of 7 digits are rounded."""
+    design = torch.cat([torch.stack([row.flatten() for row in run], dim=1) for run in runs])
+    target = torch.cat([t.flatten() for t in targets])
+    weights = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
+    rounded = torch.tensor([_round(float(w)) for w in weights], dtype=torch.float64)
+    residual = float((design @ rounded - target).norm() / target.norm().clamp_min(1e-30))
+    return rounded.tolist(), residual
+
+
+def _round(weight: float) -> float:
+    short = round(weight, 4)
+    return short if abs(short - weight) < 2e-5 else weight
+
+
+def _nonlinear(rows: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> list[Combination]:
+    """Candidate corrections. Within one sample (or token) a correction is only a factor, so directions are still linear."""
+    found: list[Combination] = []
+    per_run = [_solve([one], [target]) for one, target in zip(rows, targets, strict=True)]
+    for conditional in range(len(rows[0])):
+        if all(residual < 1e-4 for _, residual in per_run):
+            weights = [w / sum(per_run[0][0]) for w in per_run[0][0]]
+            scales = [sum(run_weights) for run_weights, _ in per_run]
+            base = Combination(tuple(_round(w) for w in weights), conditional=conditional)
+            combined = [base(one, one[0]) for one in rows]
+            unit = [float(factor("rescale", c, one[conditional], 1.0).flatten()[0]) for c, one in zip(combined, rows, strict=True)]
+            caps = [float(c.norm() / one[conditional].norm()) for c, one in zip(combined, rows, strict=True)]
+            for sign in (1.0, -1.0):
+                signed = tuple(sign * w for w in base.weights)
+                phis = [(sign * s - 1) / (u - 1) for s, u in zip(scales, unit, strict=True) if abs(u - 1) > 1e-9]
+                if phis:
+                    found.append(Combination(signed, 0.0, "rescale", conditional, _round(phis[0])))
+                found.append(Combination(signed, 0.0, "norm cap", conditional, _round(sign * scales[0] * caps[0])))
+        tokens = [torch.stack([row.flatten(0, -2) for row in one], dim=-1) for one in rows]
+        aims = [target.flatten(0, -2).unsqueeze(-1) for target in targets]
+        per_token = torch.linalg.lstsq(tokens[0], aims[0]).solution[..., 0]
+        share = (per_token / per_token.sum(-1, keepdim=True)).median(dim=0).values
+        found.append(Combination(tuple(_round(float(w)) for w in share), 0.0, "token norm", conditional))
+    return found
