@@ -31,19 +31,29 @@ class TeachingGroup(TyperGroup):
             errors.print("\n[yellow]stopped.[/] A run continues from its last checkpoint with: visalign train --resume RUN")
             raise typer.Exit(130) from None
         except (ValueError, OSError, RuntimeError) as error:
-            if ctx.params.get("debug") or (isinstance(error, RuntimeError) and not _raised_by_us(error)):
+            origin = _origin(error)
+            if ctx.params.get("debug") or (isinstance(error, RuntimeError) and origin.startswith("torch") and not _out_of_memory(error)):
                 raise
             errors.print("[bold red]error:[/] ", end="")
-            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            errors.print(str(error) or type(error).__name__, markup=False, highlight=False, soft_wrap=True)
+            if _out_of_memory(error):
+                errors.print("Out of memory: halve train.microbatch or evaluation.batch, set train.gradient_checkpointing=true, or use "
+                             "trainable.mode=lora; visalign train CONFIG --plan shows what takes the space.", soft_wrap=True)
+            elif not origin.startswith("visalign"):
+                errors.print(f"[dim]raised in {origin}; visalign --debug shows the traceback[/]", soft_wrap=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
 
 
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether a message was written here for users; a RuntimeError from inside torch is a bug and keeps its traceback."""
+def _origin(error: BaseException) -> str:
+    """Name of the module that raised: ours wrote the message for users, another's may not have."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith("visalign")
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
 
 
 app = typer.Typer(
@@ -73,9 +83,10 @@ def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")] = False,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", force=True, handlers=[RichHandler(console=errors, show_path=False, show_time=False)])
+    handler = RichHandler(console=errors, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("visalign").setLevel(logging.DEBUG if debug else logging.INFO)
-    for noisy in ("httpx", "matplotlib", "PIL", "diffusers", "transformers", "accelerate", "root"):
+    for noisy in ("httpx", "matplotlib", "PIL", "diffusers", "transformers", "accelerate", "huggingface_hub", "root"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -85,7 +96,8 @@ def options(
              "  visalign train --resume runs/first                          continue it, exactly where it stopped\n\n"
              "  torchrun --nproc_per_node 8 -m visalign train my.yaml       on several GPUs")
 def train(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False, help="A YAML file, or a recipe's name (visalign configs).")] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False,
+                                                 help="A YAML file, or a recipe's name (visalign configs).")] = None,
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show batch geometry, forwards and estimated memory; load no weights.")] = False,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Continue the run in this folder.")] = None,
@@ -106,7 +118,7 @@ def sample(
     call: CallArguments = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A run's adapter folder.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="A .txt or .jsonl file, or playground:heldout.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="A .txt or .jsonl file, playground:heldout.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="For every prompt: 0-3 or 1,5,9.")] = "0",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the run's, or float32.")] = None,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
@@ -124,17 +136,16 @@ def sample(
              "  visalign score photos --prompts captions.txt -r '{name: clip, params: {model: ViT-L-14, pretrained: openai}}'\n\n"
              "  visalign score samples -r my_rewards.py:sharpness       your own function f(media, prompts)")
 def score(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, videos or sounds; with samples.jsonl their prompts are known.")],
-    reward: Annotated[list[str] | None, typer.Option("--reward", "-r", help="A name, a dotted path, or {name: ..., params: {...}}.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Media; with samples.jsonl their prompts are known.")],
+    reward: Annotated[list[str] | None, typer.Option("--reward", "-r", help="A name, a path, or {name: ..., params: {...}}.")] = None,
     config: Annotated[str | None, typer.Option("--config", metavar="CONFIG", help="Take rewards and guards from a configuration.")] = None,
-    prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="One prompt per file, in the order of file names.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+    prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="One prompt per file, in file-name order.")] = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Per-sample scores; default FOLDER/scores.jsonl.")] = None,
 ) -> None:
     """Score a folder of media with any rewards: a table, and one row per sample."""
     from visalign.commands import score as command
 
-    command.run(folder, list(reward or []), config=config, source=prompts, device=device, out=out)
+    command.run(folder, list(reward or []), config=config, source=prompts, out=out)
 
 
 @app.command(epilog="Examples:\n\n"
@@ -169,7 +180,9 @@ def env() -> None:
 
 
 @app.command(epilog="Example:\n\n  visalign configs sd35_flow_grpo > my.yaml")
-def configs(name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Print this recipe's YAML.")] = None) -> None:
+def configs(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Print this recipe's YAML.")] = None,
+) -> None:
     """List the recipes with their sources and what was verified; or print one."""
     from visalign.commands import configs as command
 

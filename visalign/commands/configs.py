@@ -20,6 +20,6 @@ def run(name: str | None) -> None:
         table.add_column(heading, overflow="fold")
     for recipe in recipe_names():
         about = load_config(recipe).recipe
-        style = _STYLE[about.verification]
-        table.add_row(recipe, about.description, about.source, f"[{style}]{about.verification}[/]" + (f"\n{about.verified_by}" if about.verified_by else ""))
+        level = f"[{_STYLE[about.verification]}]{about.verification}[/]"
+        table.add_row(recipe, about.description, about.source, "\n".join(filter(None, [level, about.verified_by])))
     Console().print(table)

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from visalign import __version__
 
-_PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "numpy", "pydantic")
+_PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "safetensors", "numpy",
+             "pydantic")
 _OPTIONAL = ("datasets", "openai", "av", "soundfile", "mujoco", "tensorboard", "wandb", "trackio")
 
 
@@ -34,8 +35,8 @@ def describe() -> str:
     lines.append(f"{'cpu':<16} {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
     lines.append(f"{'cuda':<16} {torch.version.cuda or 'this torch has none'}")
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        lines.append(f"{f'gpu {index}':<16} {properties.name}, {properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}")
+        gpu = torch.cuda.get_device_properties(index)
+        lines.append(f"{f'gpu {index}':<16} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     if not torch.cuda.is_available():
         lines.append(f"{'gpu':<16} none")
     shown = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE")
@@ -49,7 +50,8 @@ def _commit() -> str:
     if not (root / ".git").exists():
         return ""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        found = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=root, capture_output=True, text=True,
+                               timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     return f"+{found.stdout.strip()}"

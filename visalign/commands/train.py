@@ -14,7 +14,7 @@ RUNS = Path("runs")
 
 def run(name: str | None, overrides: list[str], *, plan: bool, resume: Path | None, out: Path | None) -> None:
     if name is not None and "=" in name:  # `train --resume RUN train.iterations=200`: the first word is an override
-        name, overrides = None, [name, *overrides]
+        overrides, name = [name, *overrides], None
     if resume is not None:
         if name is not None or out is not None:
             raise ValueError(f"--resume continues {resume} with its own configuration and folder; leave out CONFIG and --out")

@@ -1,0 +1,141 @@
+"""``visalign score``: any rewards on a folder of media; a table with intervals, and one row per sample."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from visalign.config import GuardConfig, RewardConfig, load_config, resolve_path
+from visalign.data import load_prompts
+from visalign.evaluation import bootstrap_mean
+from visalign.media import INDEX, KIND, Sample, load_media, read_index
+from visalign.plugins import load_reward
+from visalign.protocols import Reward
+from visalign.scoring import score
+from visalign.settings import ConfigError, parse_yaml, validate
+from visalign.types import Prompt, Scores
+
+
+def run(folder: Path, rewards: list[str], *, config: str | None, source: str | None, out: Path | None) -> None:
+    wanted: list[RewardConfig | GuardConfig] = [parse_reward(text) for text in rewards]
+    if config is not None:
+        loaded = load_config(config)
+        wanted += [*loaded.rewards, *loaded.guards]
+    if not wanted:
+        raise ValueError("which rewards? -r clip, -r '{name: clip, params: {model: ...}}', -r my_file.py:function, or --config CONFIG")
+    samples = find_samples(folder, source)
+    loaded_rewards = {name: build(reward) for name, reward in unique_names(wanted).items()}
+    media = [load_media(sample.file) for sample in samples]
+    # Samples of one prompt are a group: rewards that compare need to know.
+    groups: dict[str, int] = {}
+    keys = [json.dumps([sample.prompt.text, dict(sample.prompt.metadata)], sort_keys=True, default=str) for sample in samples]
+    group_id = [groups.setdefault(key, len(groups)) for key in keys]
+    scores = score(loaded_rewards, media, [sample.prompt for sample in samples], group_id)
+    path = out or folder / "scores.jsonl"
+    write_scores(path, samples, scores)
+    console = Console()
+    console.print(table(scores, num_prompts=len(groups)))
+    console.print(f"per-sample scores: {path}", highlight=False)
+
+
+def parse_reward(text: str) -> RewardConfig:
+    """A name, or a YAML mapping ``{name: ..., params: {...}}``.
+
+    Raises:
+        ConfigError: the mapping is not a reward.
+    """
+    try:
+        value = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError([str(error)], f"-r '{text}'") from None
+    return validate(RewardConfig, value if isinstance(value, dict) else {"name": text}, f"-r '{text}'")
+
+
+def unique_names(rewards: Sequence[RewardConfig | GuardConfig]) -> dict[str, RewardConfig | GuardConfig]:
+    """Rewards by the name they are shown under; the same name again gets a number."""
+    named: dict[str, RewardConfig | GuardConfig] = {}
+    for reward in rewards:
+        again = sum(name == reward.name or name.startswith(f"{reward.name} ") for name in named)
+        named[reward.name if not again else f"{reward.name} {again + 1}"] = reward
+    return named
+
+
+def build(reward: RewardConfig | GuardConfig) -> Reward:
+    """The reward, with ``playground:`` names in its parameters resolved.
+
+    Raises:
+        ValueError: it compares pairs; it has to be lifted to a win rate first.
+    """
+    found = load_reward(reward.name, **{key: resolve_path(value) for key, value in reward.params.items()})
+    if not isinstance(found, Reward):
+        lifted = f"{{name: win_rate, params: {{judge: {{reward: {reward.name}}}}}}}"
+        raise ValueError(f"'{reward.name}' compares pairs; as a score use -r '{lifted}'")
+    return found
+
+
+def find_samples(folder: Path, source: str | None) -> list[Sample]:
+    """Samples with their prompts: from the folder's index, from ``source`` in file-name order, or from ``.txt`` files beside them.
+
+    Raises:
+        ValueError: no media, or the numbers of files and prompts differ.
+    """
+    if source is None and (folder / INDEX).is_file():
+        return read_index(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in KIND)
+    if not files:
+        raise ValueError(f"{folder} holds no media; expected files ending in {', '.join(sorted(KIND))}")
+    if source is not None:
+        prompts = load_prompts(source)
+        if len(prompts) != len(files):
+            raise ValueError(f"{len(files)} files in {folder} but {len(prompts)} prompts in {source}; "
+                             "give one prompt per file, in the order of file names")
+        return [Sample(file=file, prompt=prompt) for file, prompt in zip(files, prompts, strict=True)]
+    captions = [file.with_suffix(".txt") for file in files]
+    if any(caption.is_file() for caption in captions):
+        if missing := [caption.name for caption in captions if not caption.is_file()]:
+            raise ValueError(f"{len(missing)} of {len(files)} files have no caption beside them: {', '.join(missing[:5])}")
+        return [Sample(file=file, prompt=Prompt(caption.read_text(encoding="utf-8").strip()))
+                for file, caption in zip(files, captions, strict=True)]
+    return [Sample(file=file, prompt=Prompt("")) for file in files]
+
+
+def write_scores(path: Path, samples: Sequence[Sample], scores: dict[str, Scores]) -> None:
+    """One row per sample: raw scores and details by reward, or why there is none."""
+    rows = []
+    for i, sample in enumerate(samples):
+        row: dict[str, object] = {"file": sample.file.name, "prompt": sample.prompt.text, "seed": sample.seed}
+        for name, answer in scores.items():
+            if answer.valid[i]:
+                details = {key: float(column[i]) for key, column in answer.details.items() if math.isfinite(float(column[i]))}
+                row[name] = {"raw": float(answer.raw[i]), **details}
+            else:
+                row[name] = {"invalid": answer.reasons[i]}
+        rows.append(json.dumps(row, ensure_ascii=False))
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def table(scores: dict[str, Scores], num_prompts: int) -> Table:
+    """Mean with its 95 % bootstrap interval, range and validity per reward, and the mean of each detail."""
+    count = len(next(iter(scores.values())).valid)
+    shown = Table(title=f"{count} samples of {num_prompts} prompts", title_justify="left")
+    for heading in ("reward", "mean", "95 % interval", "min", "max", "valid"):
+        shown.add_column(heading, justify="left" if heading == "reward" else "right")
+    for name, answer in scores.items():
+        if not answer.valid.any():
+            shown.add_row(name, "-", "-", "-", "-", f"0/{count} ({answer.reasons[0]})")
+            continue
+        interval, raw = bootstrap_mean(answer.raw), answer.raw[answer.valid]
+        shown.add_row(name, f"{interval.mean:.4g}", f"{interval.low:.4g} to {interval.high:.4g}", f"{raw.min():.4g}", f"{raw.max():.4g}",
+                      f"{int(answer.valid.sum())}/{count}")
+        for key, column in answer.details.items():
+            if column.isfinite().any():
+                part = bootstrap_mean(column)
+                shown.add_row(f"  {key}", f"{part.mean:.4g}", f"{part.low:.4g} to {part.high:.4g}", "", "", f"{part.count}/{count}")
+    return shown
