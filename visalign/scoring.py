@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -52,6 +53,26 @@ def score(rewards: Mapping[str, Reward], media: Sequence[Media], prompts: Sequen
     return scores
 
 
+@runtime_checkable
+class ChecksPrompts(Protocol):
+    """A reward that reads more from a prompt than the keys its spec names."""
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError, naming the row, for a prompt this reward cannot use."""
+
+
+def admit(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+    """Check a whole prompt file against all rewards before anything is generated.
+
+    Raises:
+        ValueError: names the reward, the row and the fix.
+    """
+    for name, reward in rewards.items():
+        check_prompts(reward.spec, prompts, name)
+        if isinstance(reward, ChecksPrompts):
+            reward.check_prompts(prompts)
+
+
 def check_inputs(spec: RewardSpec, media: Sequence[Media], prompts: Sequence[Prompt], name: str | None = None) -> None:
     """Refuse what a reward cannot read: a wrong kind, dtype, shape or range, or metadata it needs and a prompt lacks.
 
@@ -68,7 +89,7 @@ def check_inputs(spec: RewardSpec, media: Sequence[Media], prompts: Sequence[Pro
 
 
 def check_prompts(spec: RewardSpec, prompts: Sequence[Prompt], name: str | None = None) -> None:
-    """The part of ``check_inputs`` that needs no sample: a whole prompt file can be checked before anything is generated."""
+    """The part of ``check_inputs`` that needs no sample."""
     for row, prompt in enumerate(prompts):
         missing = sorted(key for key in spec.requires - {"prompt"} if key not in prompt.metadata)
         if missing:

@@ -163,12 +163,26 @@ def test_truncation_is_reported_once_with_counts(folder, caplog, num_words, cut)
 
 
 def save_tokenizer(folder, vocab):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A word-level tokenizer that ends texts in the token it also pads with, as the CLIP tokenizers of transformers do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-    ids = {word: row for row, word in enumerate(["<pad>", "<unk>", *vocab])}
+    ids = {word: row for row, word in enumerate(["<end>", "<unk>", *vocab])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <end>", special_tokens=[("<end>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<end>", eos_token="<end>", unk_token="<unk>").save_pretrained(folder)
+
+
+WORDS = ["a", "red", "circle", "two", "blue", "squares", *(f"word{i}" for i in range(40))]
+
+
+@pytest.mark.parametrize(("num_words", "cut"), [(76, False), (77, True), (200, True)])
+def test_truncation_is_noticed_where_padding_looks_like_the_end(tmp_path, caplog, num_words, cut):
+    folder = save_model(tmp_path, hf_tokenizer_name="here")
+    save_tokenizer(folder, WORDS)
+    with caplog.at_level(logging.WARNING, logger="visalign"):
+        ClipScore(str(folder)).score(media(smooth_images(1)), [Prompt("red " * num_words)], [0])
+    assert len(caplog.records) == cut
 
 
 def test_an_empty_tokenizer_is_refused_and_a_small_real_one_accepted(tmp_path):
@@ -176,7 +190,7 @@ def test_an_empty_tokenizer_is_refused_and_a_small_real_one_accepted(tmp_path):
     save_tokenizer(folder, [])
     with pytest.raises(ValueError, match=r"is empty \(2 entries\)"):
         ClipScore(str(folder))
-    save_tokenizer(folder, ["a", "red", "circle", "two", "blue", "squares", *(f"word{i}" for i in range(40))])
+    save_tokenizer(folder, WORDS)
     assert ClipScore(str(folder)).score(media(smooth_images(1)), prompts(1), [0]).valid.all()
 
 

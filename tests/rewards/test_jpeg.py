@@ -48,6 +48,7 @@ def test_the_two_directions_are_opposite_values_of_one_raw_score():
 
 def test_per_pixel_makes_resolutions_comparable():
     raw = score(JpegIncompressibility(per_pixel=True), [noise(512), noise(128)]).raw
+    assert raw[0] == pytest.approx(308_000 / 512**2, rel=0.01)
     assert raw[0] == pytest.approx(float(raw[1]), rel=0.05)
     with pytest.raises(ValueError, match=r"sample 1 of group 0 is 128x128, its group's first is 512x512.*per_pixel=True"):
         score(JpegIncompressibility(), [noise(512), noise(128)])
