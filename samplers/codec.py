@@ -8,7 +8,7 @@ with an elementwise affine, and from the VAE's output to media an affine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,24 @@ class Codec:
     def _find_noise(self) -> tuple[Tensor | None, float, torch.dtype]:
         """Order, scale and dtype of the pipeline's own initial draw, found by matching its first state with ours."""
         seed = 1234
-        first = self.observer.run(self.call.one(self.prompt, seed), answer_output=lambda k, call: call.output, stop_after=1,
-                                  freeze_encoders=True).steps[0].sample.detach().float().cpu().flatten()
+        first = (
+            self.observer.run(
+                self.call.one(self.prompt, seed), answer_output=lambda k, call: call.output, stop_after=1, freeze_encoders=True
+            )
+            .steps[0]
+            .sample.detach()
+            .float()
+            .cpu()
+            .flatten()
+        )
         scale = float(first.square().mean().sqrt())
         level = self.capture.fit.schedule.levels[0]
         if first.numel() >= 256 and not 0.8 < scale / (level.sigma**2 + level.alpha**2) ** 0.5 < 1.25:
-            raise CaptureError(f"{self.call.name} does not start from pure noise: its first state has standard deviation {scale:.3g}, the schedule's "
-                               f"first level {level.sigma:.3g}. Image-to-image and video continuation start part of the way; set strength=1.0 or "
-                               "use the family's text-to-media pipeline")
+            raise CaptureError(
+                f"{self.call.name} does not start from pure noise: its first state has standard deviation {scale:.3g}, the schedule's "
+                f"first level {level.sigma:.3g}. Image-to-image and video continuation start part of the way; set strength=1.0 or "
+                "use the family's text-to-media pipeline"
+            )
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             noise = torch.randn(first.numel(), generator=torch.Generator("cpu").manual_seed(seed), dtype=dtype).float()
             ratio = float(first.square().sum().sqrt() / noise.square().sum().sqrt())
@@ -95,7 +105,9 @@ class Codec:
         for kind in kinds if self.call.understands("output_type") else [None]:
             arguments = self.call.repeat(self.prompt, [0] * latents.shape[0], **({"output_type": kind} if kind else {}))
             try:
-                seen = self.observer.run(arguments, answer_state=answer, answer_output=lambda k, call: call.output, grad=grad, freeze_encoders=True)
+                seen = self.observer.run(
+                    arguments, answer_state=answer, answer_output=lambda k, call: call.output, grad=grad, freeze_encoders=True
+                )
             except (ValueError, NotImplementedError, TypeError) as error:
                 problem = error
                 continue
@@ -108,7 +120,9 @@ class Codec:
     def _to_tensor(self, result: Any, batch: int) -> Tensor:
         value = _first(result)
         if isinstance(value, list | tuple) and value and not isinstance(value[0], Tensor):
-            value = np.stack([np.stack([np.asarray(frame) for frame in one]) if isinstance(one, list) else np.asarray(one) for one in value])
+            value = np.stack(
+                [np.stack([np.asarray(frame) for frame in one]) if isinstance(one, list) else np.asarray(one) for one in value]
+            )
             value = value / 255.0 if value.dtype == np.uint8 else value
         elif isinstance(value, list | tuple):
             value = torch.stack(list(value))
@@ -175,19 +189,18 @@ class Codec:
             coded = [(self._vae_input(digit) - zeros) / scale for digit in digits(numel)]
             gather = None if (scale == 0).any() else decode_gather(coded, scale != 0, numel)
             if gather is None or gather.index.flatten().sort().values.tolist() != list(range(numel)):
-                raise CaptureError(f"{self.call.name} does not hand its latents to the VAE by permutation and scaling alone; encode_media cannot "
-                                   "invert it. Train from the pipeline's own samples, or override Codec.encode")
+                raise CaptureError(
+                    f"{self.call.name} does not hand its latents to the VAE by permutation and scaling alone; encode_media cannot "
+                    "invert it. Train from the pipeline's own samples, or override Codec.encode"
+                )
             self._to_vae = gather.index, scale, zeros, tuple(zeros.shape)
         return self._to_vae
 
     def _vae_input(self, flat: Tensor) -> Tensor:
         """What ``vae.decode`` receives when the loop ends in these latents, float64, without batch axis."""
         received: list[Tensor] = []
-        with self._intercepted_vae(received):
-            try:
-                self._finish(flat.reshape(1, *self.capture.latent_shape), grad=False)
-            except _Received:
-                pass
+        with self._intercepted_vae(received), suppress(_Received):
+            self._finish(flat.reshape(1, *self.capture.latent_shape), grad=False)
         if not received:
             raise CaptureError(f"{self.call.name} decodes without vae.decode; encode_media needs a VAE")
         return received[0][0].double().cpu()
@@ -210,7 +223,9 @@ class Codec:
         for name in ("vae", "vqvae", "movq", "vqgan"):
             if hasattr(self.observer.modules.get(name), "encode"):
                 return self.observer.modules[name]
-        raise CaptureError(f"{self.call.name} has no VAE with an encoder among {sorted(self.observer.modules)}; it cannot turn media into latents")
+        raise CaptureError(
+            f"{self.call.name} has no VAE with an encoder among {sorted(self.observer.modules)}; it cannot turn media into latents"
+        )
 
 
 class _Received(BaseException):

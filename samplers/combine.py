@@ -81,8 +81,10 @@ def fit_combination(runs: Sequence[Sequence[Tensor]], answers: Sequence[Tensor],
     Raises:
         CaptureError: neither linear nor one of the named corrections.
     """
-    rows = [[row.reshape(1, *answer.shape[1:] if answer.shape[0] == 1 else answer.shape).double() for row in run]
-            for run, answer in zip(runs, answers, strict=True)]
+    rows = [
+        [row.reshape(1, *answer.shape[1:] if answer.shape[0] == 1 else answer.shape).double() for row in run]
+        for run, answer in zip(runs, answers, strict=True)
+    ]
     targets = [answer.reshape(one[0].shape).double() for answer, one in zip(answers, rows, strict=True)]
     inputs = [state.reshape(one[0].shape).double() for state, one in zip(states, rows, strict=True)]
     coarse = answers[0].dtype in (torch.bfloat16, torch.float16)
@@ -92,14 +94,17 @@ def fit_combination(runs: Sequence[Sequence[Tensor]], answers: Sequence[Tensor],
         return Combination(tuple(weights[:-1]), weights[-1], residual=residual)
     best = residual
     for candidate in _nonlinear(rows, targets):
-        error = max(float((candidate(one, state) - target).norm() / target.norm())
-                    for one, target, state in zip(rows, targets, inputs, strict=True))
+        error = max(
+            float((candidate(one, state) - target).norm() / target.norm()) for one, target, state in zip(rows, targets, inputs, strict=True)
+        )
         best = min(best, error)
         if error < 10 * tolerance:
             return Combination(**{**candidate.__dict__, "residual": error})
-    raise CaptureError(f"step {step}: the model output is not a linear combination of the denoiser's {len(rows[0])} predictions (relative residual "
-                       f"{residual:.2g}) nor one of guidance rescale, token norm or norm cap (best {best:.2g}). Switch off the guidance option "
-                       "that mixes predictions nonlinearly (APG, CFG-Zero*, perturbed or adaptive guidance), or set its strength to 0")
+    raise CaptureError(
+        f"step {step}: the model output is not a linear combination of the denoiser's {len(rows[0])} predictions (relative residual "
+        f"{residual:.2g}) nor one of guidance rescale, token norm or norm cap (best {best:.2g}). Switch off the guidance option "
+        "that mixes predictions nonlinearly (APG, CFG-Zero*, perturbed or adaptive guidance), or set its strength to 0"
+    )
 
 
 def _solve(runs: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> tuple[list[float], float]:

@@ -7,6 +7,7 @@ what the denoiser and the scheduler *return*, the pipeline becomes a function th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ class CaptureError(ValueError):
     """A pipeline was observed doing something that cannot be expressed as a policy. The message says what and what to change."""
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
     """Ends an observed call early; never leaves this module."""
 
 
@@ -86,17 +87,30 @@ class Observer:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
-        self.schedulers = {name: part for name, part in pipe.components.items()
-                           if hasattr(part, "step") and hasattr(part, "set_timesteps") and not isinstance(part, nn.Module)}
+        self.schedulers = {
+            name: part
+            for name, part in pipe.components.items()
+            if hasattr(part, "step") and hasattr(part, "set_timesteps") and not isinstance(part, nn.Module)
+        }
         if not self.schedulers:
-            raise CaptureError(f"{type(pipe).__name__} has no scheduler component with step() and set_timesteps(): components are "
-                               f"{sorted(pipe.components)}. visalign aligns samplers that denoise step by step")
+            raise CaptureError(
+                f"{type(pipe).__name__} has no scheduler component with step() and set_timesteps(): components are "
+                f"{sorted(pipe.components)}. visalign aligns samplers that denoise step by step"
+            )
         self.denoisers: set[str] = set()
         self._templates: dict[tuple[Any, ...], Any] = {}
         self._forwards = {name: inspect.signature(module.forward) for name, module in self.modules.items()}
 
-    def run(self, call: Mapping[str, Any], *, answer_state: AnswerState | None = None, answer_output: AnswerOutput | None = None,
-            stop_after: int | None = None, grad: bool = False, freeze_encoders: bool = False) -> Observation:
+    def run(
+        self,
+        call: Mapping[str, Any],
+        *,
+        answer_state: AnswerState | None = None,
+        answer_output: AnswerOutput | None = None,
+        stop_after: int | None = None,
+        grad: bool = False,
+        freeze_encoders: bool = False,
+    ) -> Observation:
         """Run ``pipe(**call)`` and record its loop.
 
         Args:
@@ -132,12 +146,16 @@ class Observer:
         def on_step(scheduler: Any, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             stepping.add(id(scheduler))
             if len(stepping) > 1:
-                raise CaptureError(f"{type(self.pipe).__name__} steps more than one scheduler in its loop (several latent streams, such as "
-                                   "video with audio); visalign aligns one latent stream")
+                raise CaptureError(
+                    f"{type(self.pipe).__name__} steps more than one scheduler in its loop (several latent streams, such as "
+                    "video with audio); visalign aligns one latent stream"
+                )
             given = inspect.signature(step).bind(*args, **kwargs).arguments
             if not isinstance(given.get("sample"), Tensor) or not isinstance(given.get("model_output"), Tensor):
-                raise CaptureError(f"{type(scheduler).__name__}.step was called without tensors 'model_output' and 'sample' "
-                                   f"(got {sorted(given)}); such a scheduler has no state that other dynamics could continue")
+                raise CaptureError(
+                    f"{type(scheduler).__name__}.step was called without tensors 'model_output' and 'sample' "
+                    f"(got {sorted(given)}); such a scheduler has no state that other dynamics could continue"
+                )
             if seen.steps:
                 self.denoisers.update(call.module for call in pending)
             out = step(*args, **kwargs)
@@ -152,11 +170,8 @@ class Observer:
             out.prev_sample = new
             return out
 
-        with self._patched(on_call, on_step), torch.set_grad_enabled(grad):
-            try:
-                seen.result = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **call) if grad else self.pipe(**call)
-            except _Stop:
-                pass
+        with self._patched(on_call, on_step), torch.set_grad_enabled(grad), contextlib.suppress(_Stop):
+            seen.result = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **call) if grad else self.pipe(**call)
         seen.after_loop = list(pending)
         for step in seen.steps:
             step.calls = [call for call in step.calls if call.module in self.denoisers]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from visalign.maths.process import to_prediction
 from visalign.samplers.calls import PipelineCall
-from visalign.samplers.capture import Capture, Site, batch_rows, capture
+from visalign.samplers.capture import Capture, capture
 from visalign.samplers.codec import Codec
 from visalign.samplers.observe import CaptureError, Observer
 from visalign.samplers.roles import Roles
+from visalign.samplers.sites import Site, batch_rows
 from visalign.samplers.slots import Path, fill_in, join_rows, leaves, split_rows
 from visalign.types import Media, Prediction, Prompt, Role, Schedule
 
@@ -52,7 +53,8 @@ class PipelineConditioning:
         if key not in self._joined:
             self._joined[key] = {
                 path: join_rows([self.prompts[m].rows[index][path] for m in members], site.rows[path], site.order)
-                for path in self.prompts[members[0]].rows[index]}
+                for path in self.prompts[members[0]].rows[index]
+            }
         return self._joined[key]
 
 
@@ -104,8 +106,10 @@ class PipelinePolicy:
             pipe = DiffusionPipeline.from_pretrained(path_or_id, torch_dtype=dtype)
         except (OSError, ValueError) as error:
             where = "exists but is no diffusers pipeline" if FilePath(path_or_id).exists() else "is not on disk and could not be fetched"
-            raise ValueError(f"cannot load {path_or_id!r}: it {where}. Give a folder with model_index.json, or a hub id this machine can reach. "
-                             f"diffusers said: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"cannot load {path_or_id!r}: it {where}. Give a folder with model_index.json, or a hub id this machine can reach. "
+                f"diffusers said: {str(error).splitlines()[0]}"
+            ) from error
         return cls(pipe.to(device), call)
 
     def with_call(self, **changes: Any) -> PipelinePolicy:
@@ -131,10 +135,13 @@ class PipelinePolicy:
         for site in self.capture.sites:
             k, j = site.first
             if k >= len(seen.steps) or j >= len(seen.steps[k].calls) or seen.steps[k].calls[j].module != site.module:
-                raise CaptureError(f"prompt {prompt.text[:60]!r} makes the pipeline run another loop than the probe prompt {self.probe.text!r} "
-                                   "(another number of denoiser calls); give it the same kind of arguments, such as a negative_prompt")
+                raise CaptureError(
+                    f"prompt {prompt.text[:60]!r} makes the pipeline run another loop than the probe prompt {self.probe.text!r} "
+                    "(another number of denoiser calls); give it the same kind of arguments, such as a negative_prompt"
+                )
             moving = {slot.path for slot in site.times} | set(site.links)
-            values = dict(leaves(seen.steps[k].calls[j].arguments, stop=lambda path, site=site: path in site.rows or path == _latent_path(site)))
+            whole = site.rows.keys() | ({site.latent.path} if site.latent else set())
+            values = dict(leaves(seen.steps[k].calls[j].arguments, stop=whole.__contains__))
             values = {path: value for path, value in values.items() if path not in moving}
             if site.latent is not None and all(gather.covers for gather in site.latent.gathers):
                 values.pop(site.latent.path)
@@ -159,7 +166,10 @@ class PipelinePolicy:
         for row, prompt in enumerate(conditioning.prompts):
             families.setdefault(prompt.family if self.capture.batched else row, []).append(row)
         with self.roles.use(role):
-            parts = [self._model_output(x[members] if len(families) > 1 else x, step, conditioning, tuple(members)) for members in families.values()]
+            parts = [
+                self._model_output(x[members] if len(families) > 1 else x, step, conditioning, tuple(members))
+                for members in families.values()
+            ]
         output = parts[0]
         if len(parts) > 1:
             order = torch.tensor([row for members in families.values() for row in members]).argsort()
@@ -182,22 +192,37 @@ class PipelinePolicy:
                 predictions += [row.reshape(x.shape).float() for row in rows]
         return plan.combination(predictions, x.float())
 
-    def _arguments(self, index: int, site: Site, x: Tensor, scale: float, timestep: float, conditioning: PipelineConditioning,
-                   members: tuple[int, ...], outputs: list[list[Tensor]]) -> dict[str, Any]:
+    def _arguments(
+        self,
+        index: int,
+        site: Site,
+        x: Tensor,
+        scale: float,
+        timestep: float,
+        conditioning: PipelineConditioning,
+        members: tuple[int, ...],
+        outputs: list[list[Tensor]],
+    ) -> dict[str, Any]:
         batch = x.shape[0]
         values: dict[Path, Any] = dict(self._families[conditioning.prompts[members[0]].family][1][index])
         values.update(conditioning.joined(index, site, members))
         for slot in site.times:
             value = slot.value(timestep)
             value = value.to(self.device) if isinstance(value, Tensor) and value.ndim else value
-            values[slot.path] = join_rows([split_rows(value, site.rows[slot.path])] * batch, site.rows[slot.path], site.order) if slot.path in site.rows else value
+            values[slot.path] = (
+                join_rows([split_rows(value, site.rows[slot.path])] * batch, site.rows[slot.path], site.order)
+                if slot.path in site.rows
+                else value
+            )
         for path, (position, tensor) in site.links.items():
             values[path] = outputs[position][tensor]
         if site.latent is not None:
             state = x if scale == 1 else scale * x
             held = values.get(site.latent.path)
             backgrounds = [None] * site.copies if held is None else self._background(held, site, batch)
-            rows = [gather(state, background).to(site.latent.dtype) for gather, background in zip(site.latent.gathers, backgrounds, strict=True)]
+            rows = [
+                gather(state, background).to(site.latent.dtype) for gather, background in zip(site.latent.gathers, backgrounds, strict=True)
+            ]
             stacked = torch.stack(rows, dim=0 if site.order == "chunk" else 1).flatten(0, 1) if len(rows) > 1 else rows[0]
             values[site.latent.path] = list(stacked.unbind(0)) if site.latent.as_list else stacked
         return fill_in(site.template, values)
@@ -251,16 +276,14 @@ class PipelinePolicy:
         """
         for name, module in self.denoisers.items():
             if not getattr(module, "_supports_gradient_checkpointing", False):
-                raise ValueError(f"{name} ({type(module).__name__}) does not support gradient checkpointing; set train.gradient_checkpointing=false")
+                raise ValueError(
+                    f"{name} ({type(module).__name__}) does not support gradient checkpointing; set train.gradient_checkpointing=false"
+                )
             module.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def save_adapter(self, folder: FilePath) -> None:
         """Write what was trained in the form plain diffusers loads (``pipe.load_lora_weights(folder)``)."""
         self.roles.save(self.pipe, folder)
-
-
-def _latent_path(site: Site) -> Path | None:
-    return None if site.latent is None else site.latent.path
 
 
 def _shape(row: Any) -> Any:

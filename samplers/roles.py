@@ -36,8 +36,9 @@ class Roles:
         for module in self.modules.values():
             module.requires_grad_(False)
 
-    def add_lora(self, rank: int = 32, alpha: int | None = None, target_modules: Sequence[str] | str | None = None,
-                 init: bool | str = "gaussian") -> None:
+    def add_lora(
+        self, rank: int = 32, alpha: int | None = None, target_modules: Sequence[str] | str | None = None, init: bool | str = "gaussian"
+    ) -> None:
         """Train LoRA adapters (peft), the base weights stay frozen.
 
         Args:
@@ -50,8 +51,8 @@ class Roles:
         self._choose("lora")
         for name, module in self.modules.items():
             targets = self._targets(name, module, target_modules)
-            module.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets,  # type: ignore[operator]
-                                          init_lora_weights=init))  # type: ignore[arg-type]
+            config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, init_lora_weights=init)  # type: ignore[arg-type]
+            module.add_adapter(config)  # type: ignore[operator]
             for key, parameter in module.named_parameters():
                 parameter.requires_grad_("lora_" in key)
                 if parameter.requires_grad:
@@ -66,8 +67,12 @@ class Roles:
 
     def named_trainable(self) -> dict[str, nn.Parameter]:
         """The trained tensors by stable name, ``component.parameter``."""
-        return {f"{name}.{key}": parameter for name, module in self.modules.items()
-                for key, parameter in module.named_parameters() if parameter.requires_grad}
+        return {
+            f"{name}.{key}": parameter
+            for name, module in self.modules.items()
+            for key, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
 
     def has_role(self, role: Role) -> bool:
         return role == "policy" or role in self._snapshots or (role == "reference" and self.mode == "lora")
@@ -80,9 +85,13 @@ class Roles:
         """
         source = self.named_trainable() if values is None else values
         if values is not None and values.keys() != self.named_trainable().keys():
-            raise ValueError(f"snapshot {role!r} names {len(values)} tensors, the policy trains {len(self.named_trainable())}; they must agree: "
-                             f"{sorted(values.keys() ^ self.named_trainable().keys())[:4]}")
-        self._snapshots[role] = {name: tensor.detach().to("cpu" if offload else tensor.device, copy=True) for name, tensor in source.items()}
+            raise ValueError(
+                f"snapshot {role!r} names {len(values)} tensors, the policy trains {len(self.named_trainable())}; they must agree: "
+                f"{sorted(values.keys() ^ self.named_trainable().keys())[:4]}"
+            )
+        self._snapshots[role] = {
+            name: tensor.detach().to("cpu" if offload else tensor.device, copy=True) for name, tensor in source.items()
+        }
 
     @contextmanager
     def use(self, role: Role) -> Iterator[None]:
@@ -109,13 +118,17 @@ class Roles:
         elif self.mode is None and role == "reference":
             yield
         else:
-            raise ValueError(f"role {role!r} has no weights; snapshot() them first (there are: policy, {', '.join(self._snapshots) or 'nothing else'})")
+            raise ValueError(
+                f"role {role!r} has no weights; snapshot() them first (there are: policy, {', '.join(self._snapshots) or 'nothing else'})"
+            )
 
     @contextmanager
     def _adapters_off(self) -> Iterator[None]:
         layers = [layer for module in self.modules.values() for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
         if not layers:
-            raise ValueError("the reference needs LoRA layers to switch off, but the denoiser has none: its adapters were removed or merged")
+            raise ValueError(
+                "the reference needs LoRA layers to switch off, but the denoiser has none: its adapters were removed or merged"
+            )
         before = [layer._disable_adapters for layer in layers]
         # The flag itself: peft's enable_adapters() also flips requires_grad, which would silently freeze the policy.
         for layer in layers:
@@ -153,8 +166,10 @@ class Roles:
         if not chosen and wanted is None:
             chosen = [key for key, part in module.named_modules() if isinstance(part, nn.Linear)]
         if not chosen:
-            raise ValueError(f"no layer of {name} ends in {', '.join(suffixes)}; its layers end in "
-                             f"{', '.join(sorted({key.rsplit('.', 1)[-1] for key in linear}))}: name some of these in target_modules")
+            raise ValueError(
+                f"no layer of {name} ends in {', '.join(suffixes)}; its layers end in "
+                f"{', '.join(sorted({key.rsplit('.', 1)[-1] for key in linear}))}: name some of these in target_modules"
+            )
         return chosen
 
 

@@ -10,7 +10,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,11 @@ from visalign.types import NoiseLevel, Schedule
 TOLERANCE = 2e-4
 _KINDS: tuple[PredictionKind, ...] = ("flow", "epsilon", "v_prediction", "sample", "edm")
 _DECLARED: dict[str, tuple[PredictionKind, ...]] = {
-    "epsilon": ("epsilon", "edm"), "v_prediction": ("v_prediction",), "sample": ("sample",), "flow_prediction": ("flow",)}
+    "epsilon": ("epsilon", "edm"),
+    "v_prediction": ("v_prediction",),
+    "sample": ("sample",),
+    "flow_prediction": ("flow",),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class ScheduleFit:
         first_index: for each step, the index of the pipeline's loop iteration that first visits it.
         kind, sigma_data: how the network's output is to be read.
         process: "flow", "VP" or "sigma" (alpha = 1).
-        first_order: the scheduler's own step is our deterministic transition at every step (parity can then be exact).
+        first_order: a run of the scheduler is our chain of deterministic steps, so that parity with it is exact.
         error: the largest deviation that was accepted, absolute, for unit inputs.
     """
 
@@ -52,11 +56,16 @@ def fit_schedule(scheduler: Any, timesteps: Sequence[float]) -> ScheduleFit:
     """Find the process behind ``scheduler`` as a pipeline left it after a run that visited ``timesteps``.
 
     Raises:
-        CaptureError: no candidate reproduces the scheduler; the message lists how far each one was off.
+        CaptureError: the scheduler clips its x0 prediction, or no candidate reproduces it (the message says how far each was off).
     """
     first_index = [i for i, t in enumerate(timesteps) if i == 0 or t != timesteps[i - 1]]
     unique = [timesteps[i] for i in first_index]
     probes = [_probe(scheduler, t) for t in unique]
+    if not _close(probes[0], _probe(scheduler, unique[0], amplitude=1e3)):
+        raise CaptureError(
+            f"{type(scheduler).__name__} clips its x0 prediction (clip_sample or thresholding), which other dynamics would not; set "
+            "pipe.scheduler.register_to_config(clip_sample=False, thresholding=False), as latent models do, or use this pipeline as it is"
+        )
     sigma_data = float(scheduler.config.get("sigma_data") or 0.5)
     kinds = _DECLARED.get(str(scheduler.config.get("prediction_type")), _KINDS)
     accepted: list[ScheduleFit] = []
@@ -70,7 +79,9 @@ def fit_schedule(scheduler: Any, timesteps: Sequence[float]) -> ScheduleFit:
                 x0_errors.append(float("inf"))
                 continue
             step_errors.append(max(abs(a - b) for a, b in zip(expected[:2], probe.step, strict=True)) if probe.step else float("inf"))
-            x0_errors.append(max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected[2:], probe.x0, strict=True)) if probe.x0 else float("inf"))
+            x0_errors.append(
+                max(abs(a - b) / max(1.0, abs(a)) for a, b in zip(expected[2:], probe.x0, strict=True)) if probe.x0 else float("inf")
+            )
         first_order = max(step_errors) < TOLERANCE
         error = max(step_errors) if first_order else max(x0_errors)
         schedule = Schedule(tuple(levels), tuple(unique))
@@ -79,12 +90,14 @@ def fit_schedule(scheduler: Any, timesteps: Sequence[float]) -> ScheduleFit:
             accepted.append(fit)
         tried.append((min(error, max(step_errors)), f"{process}/{kind}"))
     if accepted:
-        return next((fit for fit in accepted if fit.first_order), accepted[0])
+        best = next((fit for fit in accepted if fit.first_order), accepted[0])
+        return replace(best, first_order=best.first_order and _memoryless(scheduler, best, len(timesteps)))
     close = ", ".join(f"{name} off by {error:.2g}" for error, name in sorted(tried)[:4]) or "no sigmas or alphas_cumprod to read"
     raise CaptureError(
-        f"{type(scheduler).__name__} (prediction_type {scheduler.config.get('prediction_type', 'unset')!r}) samples none of the known processes "
-        f"({close}). Give the pipeline a scheduler for the same model with a first-order step, for example "
-        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config) or FlowMatchEulerDiscreteScheduler.from_config(...)")
+        f"{type(scheduler).__name__} (prediction_type {scheduler.config.get('prediction_type', 'unset')!r}) samples none of the known "
+        f"processes ({close}). Give the pipeline a scheduler for the same model with a first-order step, for example "
+        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config) or FlowMatchEulerDiscreteScheduler.from_config(...)"
+    )
 
 
 def first_order_step(fit: ScheduleFit, index: int, sample: Tensor, output: Tensor) -> Tensor:
@@ -148,23 +161,54 @@ def _last_index(timesteps: Sequence[float], timestep: float) -> int:
     return len(timesteps) - 1 - list(reversed(timesteps)).index(timestep)
 
 
-def _probe(scheduler: Any, timestep: float) -> _Probe:
-    """Linear response of ``scheduler.step`` at one timestep, measured on a fresh copy in its first-order state."""
-    def respond(x: float, m: float, seed: int = 0) -> tuple[float, float | None]:
-        fresh = copy.deepcopy(scheduler)
-        for name, value in (("_step_index", None), ("lower_order_nums", 0), ("counter", 0), ("ets", [])):
-            if hasattr(fresh, name):
-                setattr(fresh, name, value)
-        for name in ("model_outputs", "derivatives"):
-            if isinstance(getattr(fresh, name, None), list):
-                setattr(fresh, name, [None] * len(fresh.model_outputs) if name == "model_outputs" else [])
-        for name in ("last_sample", "sample", "prev_derivative", "dt", "cur_sample"):
-            if name in fresh.__dict__:
-                setattr(fresh, name, None)
-        if hasattr(fresh, "_begin_index"):
-            fresh._begin_index = _last_index([float(t) for t in fresh.timesteps], timestep)
+def _close(one: _Probe, two: _Probe) -> bool:
+    """Whether a scheduler responds the same to small and large inputs, that is, linearly."""
+    pairs = [(a, b) for first, second in ((one.step, two.step), (one.x0, two.x0)) for a, b in zip(first or (), second or (), strict=True)]
+    return all(abs(a - b) <= TOLERANCE * max(1.0, abs(a)) for a, b in pairs)
+
+
+def _fresh(scheduler: Any, timestep: float) -> Any:
+    """A copy of the scheduler without memory of earlier steps, about to step from ``timestep``."""
+    fresh = copy.deepcopy(scheduler)
+    for name, value in (("_step_index", None), ("lower_order_nums", 0), ("counter", 0), ("ets", [])):
+        if hasattr(fresh, name):
+            setattr(fresh, name, value)
+    for name in ("model_outputs", "derivatives"):
+        if isinstance(getattr(fresh, name, None), list):
+            setattr(fresh, name, [None] * len(fresh.model_outputs) if name == "model_outputs" else [])
+    for name in ("last_sample", "sample", "prev_derivative", "dt", "cur_sample"):
+        if name in fresh.__dict__:
+            setattr(fresh, name, None)
+    if hasattr(fresh, "_begin_index"):
+        fresh._begin_index = _last_index([float(t) for t in fresh.timesteps], timestep)
+    return fresh
+
+
+def _memoryless(scheduler: Any, fit: ScheduleFit, num_iterations: int) -> bool:
+    """Whether a whole run of the scheduler on random inputs is our chain of deterministic steps."""
+    if num_iterations != fit.schedule.num_steps:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    fresh = _fresh(scheduler, fit.schedule.timesteps[0])
+    x = 1e-2 * torch.randn(1, 4, 8, 8, generator=generator)
+    for index, timestep in enumerate(fit.schedule.timesteps):
+        m = 1e-2 * torch.randn(x.shape, generator=generator)
         t = next(t for t in fresh.timesteps if float(t) == timestep)
-        state, output = torch.full((1, 4, 8, 8), x * 1e-2), torch.full((1, 4, 8, 8), m * 1e-2)
+        ours = first_order_step(fit, index, x, m)
+        theirs = fresh.step(m, t, x, return_dict=False)[0]
+        if (ours - theirs).abs().max() > TOLERANCE * theirs.abs().max():
+            return False
+        x = theirs
+    return True
+
+
+def _probe(scheduler: Any, timestep: float, amplitude: float = 1e-2) -> _Probe:
+    """Linear response of ``scheduler.step`` at one timestep, measured on a fresh copy in its first-order state."""
+
+    def respond(x: float, m: float, seed: int = 0) -> tuple[float, float | None]:
+        fresh = _fresh(scheduler, timestep)
+        t = next(t for t in fresh.timesteps if float(t) == timestep)
+        state, output = torch.full((1, 4, 8, 8), x * amplitude), torch.full((1, 4, 8, 8), m * amplitude)
         parameters = inspect.signature(fresh.step).parameters
         more: dict[str, Any] = {name: None for name in ("old_pred_original_sample", "timestep_back") if name in parameters}
         if "return_dict" in parameters:
@@ -181,7 +225,7 @@ def _probe(scheduler: Any, timestep: float) -> _Probe:
             converted = copy.deepcopy(fresh)
             converted._step_index = fresh.step_index - 1 if getattr(fresh, "step_index", None) else getattr(fresh, "step_index", None)
             x0 = converted.convert_model_output(output, sample=state)
-        return float(following.flatten()[0]) / 1e-2, None if x0 is None else float(x0.flatten()[0]) / 1e-2
+        return float(following.flatten()[0]) / amplitude, None if x0 is None else float(x0.flatten()[0]) / amplitude
 
     try:
         with torch.random.fork_rng(devices=[]):

@@ -20,7 +20,7 @@ Order = Literal["chunk", "sample"]
 BASE = 64
 
 
-class Unbatchable(Exception):
+class Unbatchable(Exception):  # noqa: N818 - a finding, not a failure
     """An argument does not grow row by row with the batch; the pipeline is then called one sample at a time."""
 
 

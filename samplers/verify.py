@@ -46,30 +46,35 @@ def verify(policy: PipelinePolicy) -> CaptureReport:
         CaptureError: a mismatch beyond the tolerance of the pipeline's dtype; the message names the part that differs.
     """
     tolerance = TOLERANCES[policy.capture.sites[0].latent.dtype if policy.capture.sites[0].latent else torch.float32]
-    finals, native_errors, first_order_errors, decode_errors = [], [], [], []
+    own = policy.capture.fit.first_order
+    latent_errors: list[float] = []
+    decode_errors: list[float] = []
     prompts = (policy.probe, Prompt(PROMPTS[1].text, images=policy.probe.images))
     for seed, prompt in enumerate(prompts):
-        initial = None
-        for errors, replaced in ((native_errors, False), (first_order_errors, True)):
-            seen = policy.observer.run(policy.call.one(prompt, seed + 1, **_pt(policy)), answer_state=_first_order(policy) if replaced else None)
-            initial = _state(policy, seen.steps[0].sample)
-            ours = replay(policy, prompt, initial)
-            theirs = _state(policy, seen.steps[-1].returned)
-            errors.append(relative(ours, theirs))
-        finals.append(ours)
+        seen = policy.observer.run(policy.call.one(prompt, seed + 1, **_pt(policy)), answer_state=None if own else _first_order(policy))
+        theirs = _state(policy, seen.steps[-1].returned)
+        latent_errors.append(relative(replay(policy, prompt, _state(policy, seen.steps[0].sample)), theirs))
         direct = policy.codec._to_tensor(seen.result, 1)
         decode_errors.append(float((policy.codec.decode_tensor(theirs).float() - direct.float()).abs().max()))
-    native, first_order = max(native_errors), max(first_order_errors)
-    error, parity = (native, "own scheduler") if native <= tolerance else (first_order, "first-order run")
+    error, parity = max(latent_errors), "own scheduler" if own else "first-order run"
     batch = _batch_error(policy, prompts)
-    report = CaptureReport(tuple(describe_capture(policy, parity, error, max(decode_errors), batch)), error, max(decode_errors), batch, parity)
+    report = CaptureReport(
+        tuple(describe_capture(policy, parity, error, max(decode_errors), batch)), error, max(decode_errors), batch, parity
+    )
     for what, value, hint in (
-            ("final latents", error, "guidance, timestep or state entered the denoiser differently than observed; a denoiser with hidden state "
-                                     "(caching, step counters) or a scheduler that clips (clip_sample, thresholding) does this"),
-            ("decoded media", report.decode_error, "decoding depends on something besides the latents"),
-            ("batched prediction", batch, "rows of a batch influence each other")):
+        (
+            "final latents",
+            error,
+            "guidance, timestep or state entered the denoiser differently than observed; a denoiser with hidden state "
+            "(caching, step counters) or a scheduler that clips (clip_sample, thresholding) does this",
+        ),
+        ("decoded media", report.decode_error, "decoding depends on something besides the latents"),
+        ("batched prediction", batch, "rows of a batch influence each other"),
+    ):
         if not value <= tolerance:
-            raise CaptureError(f"{policy.call.name}: {what} differ from the pipeline's own run by {value:.2g} (allowed {tolerance:g}): {hint}")
+            raise CaptureError(
+                f"{policy.call.name}: {what} differ from the pipeline's own run by {value:.2g} (allowed {tolerance:g}): {hint}"
+            )
     return report
 
 
@@ -119,16 +124,37 @@ def _pt(policy: PipelinePolicy) -> dict[str, str]:
 def describe_capture(policy: PipelinePolicy, parity: str, latent: float, decode: float, batch: float) -> list[tuple[str, str]]:
     """The lines of the inspect table."""
     found, fit = policy.capture, policy.capture.fit
-    rows = [("pipeline", policy.call.name), ("latent", f"{list(policy.latent_shape)} {str(found.state_dtype).removeprefix('torch.')}"),
-            ("process", f"{fit.process}, network predicts {fit.kind}, {fit.schedule.num_steps} steps, sigma "
-                        f"{fit.schedule.levels[0].sigma:.4g} -> {fit.schedule.levels[-1].sigma:.4g}")]
+    rows = [
+        ("pipeline", policy.call.name),
+        ("latent", f"{list(policy.latent_shape)} {str(found.state_dtype).removeprefix('torch.')}"),
+        (
+            "process",
+            f"{fit.process}, network predicts {fit.kind}, {fit.schedule.num_steps} steps, sigma "
+            f"{fit.schedule.levels[0].sigma:.4g} -> {fit.schedule.levels[-1].sigma:.4g}",
+        ),
+    ]
     for number, site in enumerate(found.sites):
-        where = "not fed the state" if site.latent is None else (
-            f"state -> {'.'.join(map(str, site.latent.path))}" + (" (list)" if site.latent.as_list else "")
-            + ("" if all(g.covers for g in site.latent.gathers) else " beside condition channels")
-            + ("" if all(g.identity for g in site.latent.gathers) or not all(g.covers for g in site.latent.gathers) else " (rearranged)"))
+        where = (
+            "not fed the state"
+            if site.latent is None
+            else (
+                f"state -> {'.'.join(map(str, site.latent.path))}"
+                + (" (list)" if site.latent.as_list else "")
+                + ("" if all(g.covers for g in site.latent.gathers) else " beside condition channels")
+                + (
+                    ""
+                    if all(g.identity for g in site.latent.gathers) or not all(g.covers for g in site.latent.gathers)
+                    else " (rearranged)"
+                )
+            )
+        )
         times = ", ".join(f"{'.'.join(map(str, t.path))} = {_affine(t)}" for t in site.times) or "no time argument"
-        rows.append((f"call {number}: {site.module}", f"{where}; {times}; {site.copies} row(s) per sample" + (f", {site.order}-major" if site.copies > 1 else "")))
+        rows.append(
+            (
+                f"call {number}: {site.module}",
+                f"{where}; {times}; {site.copies} row(s) per sample" + (f", {site.order}-major" if site.copies > 1 else ""),
+            )
+        )
     distinct = list(dict.fromkeys(f"{plan.combination.describe()} (calls {', '.join(map(str, plan.sites))})" for plan in found.plans))
     rows.append(("guidance", "; ".join(distinct[:3]) + (f"; {len(distinct) - 3} more over the steps" if len(distinct) > 3 else "")))
     scales = sorted({round(scale, 4) for plan in found.plans for scale in plan.scales})
@@ -142,4 +168,6 @@ def describe_capture(policy: PipelinePolicy, parity: str, latent: float, decode:
 def _affine(slot: Any) -> str:
     slope, offset = float(slot.slope.flatten().double().abs().max() * slot.slope.flatten().sum().sign()), float(slot.offset.flatten()[-1])
     text = f"{slope:.6g} t" if abs(slope - 1) > 1e-9 else "t"
-    return text + (f" {offset:+.4g}" if abs(offset) > 1e-9 else "") + (f" per element {list(slot.slope.shape)}" if slot.slope.ndim > 1 else "")
+    return (
+        text + (f" {offset:+.4g}" if abs(offset) > 1e-9 else "") + (f" per element {list(slot.slope.shape)}" if slot.slope.ndim > 1 else "")
+    )
