@@ -84,8 +84,8 @@ def save(root: Path, iteration: int, tensors: Tensors, state: Mapping[str, Any],
         if not _disk_is_full(error):
             raise
         last = latest(root)
-        raise CheckpointError(f"no space left on the disk of {root} while saving iteration {iteration}. Free space (this checkpoint needs about "
-                              f"{_megabytes(tensors)} MB), or lower checkpoint.keep, then resume the run; "
+        raise CheckpointError(f"no space left on the disk of {root} while saving iteration {iteration}. Free space (this checkpoint "
+                              f"needs about {_megabytes(tensors)} MB), or lower checkpoint.keep, then resume the run; "
                               + (f"the last good checkpoint is {last}" if last else "no checkpoint had been written before")) from error
     _remove_leftovers(root)
     _prune(root, keep)
@@ -112,7 +112,7 @@ def latest(root: Path) -> Path | None:
     for path in reversed(_folders(root)):
         try:
             _verified_manifest(path)
-        except PickleRefused:
+        except PickleRefusedError:
             raise
         except CheckpointError as error:
             logger.warning("skipping %s: %s", path, error)
@@ -121,7 +121,7 @@ def latest(root: Path) -> Path | None:
     return None
 
 
-class PickleRefused(CheckpointError):
+class PickleRefusedError(CheckpointError):
     """A checkpoint folder holds a file that could run code when opened."""
 
 
@@ -142,8 +142,8 @@ def _write(folder: Path, tensors: Tensors, state: Mapping[str, Any], score: floa
 def _verified_manifest(path: Path) -> dict[str, Any]:
     pickles = sorted(p.name for p in path.glob("*") if p.suffix in PICKLES)
     if pickles:
-        raise PickleRefused(f"{path} holds {', '.join(pickles)}: visalign never opens pickles, they run code when read. Its own checkpoints "
-                            f"are safetensors and JSON only; move the file away if you trust the folder without it")
+        raise PickleRefusedError(f"{path} holds {', '.join(pickles)}: visalign never opens pickles, they run code when read. Its own "
+                                 "checkpoints are safetensors and JSON only; move the file away if you trust the folder without it")
     if not (path / MANIFEST).is_file():
         raise CheckpointError(f"incomplete: no {MANIFEST}; the run was stopped while writing it")
     try:
@@ -152,7 +152,8 @@ def _verified_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"corrupt: {MANIFEST} cannot be read ({error})") from error
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"written in checkpoint format {manifest.get('format')}, this visalign reads {FORMAT}; use the version that wrote it")
+        raise CheckpointError(f"written in checkpoint format {manifest.get('format')}, this visalign reads {FORMAT}; "
+                              "use the version that wrote it")
     for name, (digest, size) in entries.items():
         file = path / name
         if Path(name).name != name or not file.is_file():
@@ -205,7 +206,7 @@ def _sha256(path: Path) -> str:
 def _disk_is_full(error: Exception) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     # safetensors writes from Rust and reports the operating system's error in words.
-    return isinstance(error, OSError) and error.errno in full or any(f"os error {number})" in str(error) for number in full)
+    return (isinstance(error, OSError) and error.errno in full) or any(f"os error {number})" in str(error) for number in full)
 
 
 def _megabytes(tensors: Tensors) -> int:
@@ -218,10 +219,14 @@ def _megabytes(tensors: Tensors) -> int:
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state as tensors named ``<parameter number>.<key>`` and JSON: hyper-parameters and non-tensor entries."""
     whole = optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for index, entries in whole["state"].items():
         for key, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{key}"] = value
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                numbers[f"{index}.{key}"] = value
     return tensors, {"groups": whole["param_groups"], "numbers": numbers}
 
 
@@ -265,7 +270,8 @@ def truncate(path: Path, size: int) -> None:
     """
     have = path.stat().st_size if path.exists() else 0
     if have < size:
-        raise CheckpointError(f"{path} has {have} bytes, but had {size} when the checkpoint was written; restore the file, or start a new run folder")
+        raise CheckpointError(f"{path} has {have} bytes, but had {size} when the checkpoint was written; "
+                              "restore the file, or start a new run folder")
     if have > size:
         with path.open("r+b") as file:
             file.truncate(size)

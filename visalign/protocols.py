@@ -50,8 +50,8 @@ class Policy(Protocol):
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
         """States at ``schedule.levels[0]``, float32 (len(seeds), *latent_shape); sample k depends on ``seeds[k]`` alone."""
 
-    def predict(self, x: Tensor, step: int, conditioning: Conditioning, role: Role = "policy") -> Prediction:
-        """Guided prediction at ``schedule.levels[step]`` for x of shape (B, *latent_shape) and B conditioning rows.
+    def predict(self, x: Tensor, step: int, conditioning: Any, role: Role = "policy") -> Prediction:
+        """Guided prediction at ``schedule.levels[step]`` for x of shape (B, *latent_shape) and B rows of what ``encode`` returned.
 
         Differentiable in the trainable weights and in ``x`` for every role but those without trainable weights."""
 
@@ -155,8 +155,13 @@ class LossTerms:
 class Algorithm(Protocol):
     """Turns samples with credit into an update. ``loop.py`` calls these three things and nothing else."""
 
-    needs_reference: bool
-    needs_prediction: bool
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``loss`` asks the policy for its "reference" role."""
+
+    @property
+    def needs_prediction(self) -> bool:
+        """Whether the trajectory must hold the sampling policy's predictions."""
 
     def prepare(self, policy: Policy, experience: Experience, microbatch: int) -> Experience:
         """Once per iteration, before any update and without gradients, e.g. to recompute old log-probabilities."""

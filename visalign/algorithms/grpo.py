@@ -1,0 +1,157 @@
+"""GRPO for diffusion and flow models: a clipped policy gradient over the stochastic steps of grouped trajectories.
+
+For sample n and stored step i, with ``r = exp(log_prob - log_prob_old)`` per latent dimension and the group advantage ``A``:
+
+    loss = sum_{n,i} [ surrogate(r, A) + beta KL_per_dim(policy || reference) ] / (S * valid samples over all processes)
+
+so accumulating micro-batches, or spreading them over processes, gives the gradient of one large batch. The KL is the exact one between
+two Gaussian steps of equal std; published code often leaves out a factor 1/h, so its ``beta`` is ``beta h`` here.
+
+Deliberately absent: a value network, and dropping zero-advantage samples (they are kept and masked: the denominator stays what it says).
+Sources: Flow-GRPO, arXiv:2505.05470; DanceGRPO, arXiv:2505.07818; DDPO, arXiv:2305.13301; GRPO-Guard, arXiv:2510.22319.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from visalign.maths import gaussian
+from visalign.maths import surrogate as surrogates
+from visalign.maths.gaussian import kl_divergence_per_dim, state_coefficients, transition_mean
+from visalign.protocols import LossTerms, Policy
+from visalign.types import Batch, Experience, Prediction, Role
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """``rows`` (n,) of ``batch`` at one stored step: a denoiser call has one timestep, as in the rollout."""
+
+    batch: Batch
+    rows: Tensor
+    entry: int
+
+    def predict(self, policy: Policy, role: Role = "policy") -> Prediction:
+        """This role's answer for the stored states, exactly as the rollout asked."""
+        trajectory = self.batch.experience.trajectory
+        x = trajectory.x[self.rows, self.entry].to(policy.device).float()
+        conditioning = trajectory.conditioning.select(trajectory.group_id[self.rows].tolist())
+        return policy.predict(x, int(trajectory.step_index[self.entry]), conditioning, role)
+
+    def log_prob(self, prediction: Prediction) -> Tensor:
+        """Of the stored ``x_next``, nats, (n,)."""
+        trajectory = self.batch.experience.trajectory
+        transition, x_next = trajectory.transitions[self.entry], trajectory.x_next[self.rows, self.entry]
+        return gaussian.log_prob(x_next.to(prediction.x0), transition_mean(prediction, transition), transition.std)
+
+    def kl_per_dim(self, policy: Policy, velocity: Tensor, other: Tensor) -> Tensor:
+        """Exact KL of the step under two velocities, (n,): from the same state the means differ by ``c_v (velocity - other)``."""
+        trajectory = self.batch.experience.trajectory
+        transition = trajectory.transitions[self.entry]
+        _, c_v = state_coefficients(policy.schedule.levels[int(trajectory.step_index[self.entry])], transition)
+        return kl_divergence_per_dim(c_v * velocity, c_v * other, transition.std)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """``protocols.Algorithm``.
+
+    Attributes:
+        clip: half width of the ratio's range, per dimension; for "dppo" the KL threshold. Its meaning scales as 1 / sqrt(D).
+        surrogate: "clip" (PPO), "guard" (ratio norm of GRPO-Guard) or "dppo" (mask by exact KL).
+        kl_weight: beta; 0 needs no reference.
+        kl_schedule: "constant", or "linear" to 0 at the last of ``iterations``.
+        old_log_prob: "recorded" in the rollout, or "recomputed" by the training graph before the first update (one more forward pass,
+            for hardware whose results depend on what else is in the batch).
+    """
+
+    clip: float = 1e-4
+    surrogate: Literal["clip", "guard", "dppo"] = "clip"
+    kl_weight: float = 0.0
+    kl_schedule: Literal["constant", "linear"] = "constant"
+    iterations: int = 1
+    old_log_prob: Literal["recorded", "recomputed"] = "recorded"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_weight > 0
+
+    @property
+    def needs_prediction(self) -> bool:
+        return self.surrogate != "clip"
+
+    def kl_weight_at(self, iteration: int) -> float:
+        """beta of an iteration."""
+        if self.kl_schedule == "constant":
+            return self.kl_weight
+        return self.kl_weight * (1 - iteration / max(self.iterations - 1, 1))
+
+    def prepare(self, policy: Policy, experience: Experience, microbatch: int) -> Experience:
+        """Recompute old log-probabilities and velocities with the training graph, if asked to."""
+        if self.old_log_prob == "recorded":
+            return experience
+        old = experience.trajectory
+        log_probs, velocities = torch.empty_like(old.log_prob), torch.empty_like(old.x, dtype=torch.float32)
+        everything = Batch(experience, torch.arange(old.num_samples), denominator=old.num_samples)
+        with torch.no_grad():
+            for part in self.microbatches(everything, microbatch, Generator()):
+                prediction = part.predict(policy)
+                log_probs[part.rows, part.entry] = part.log_prob(prediction).to(log_probs)
+                velocities[part.rows, part.entry] = prediction.velocity.to(velocities)
+        return replace(experience, trajectory=replace(old, log_prob=log_probs, prediction=velocities))
+
+    def microbatches(self, batch: Batch, microbatch: int, generator: Generator) -> Iterator[Microbatch]:
+        """Every stored step of every row; nothing is shuffled, because one optimizer step sums over all of it."""
+        for rows in batch.rows.split(microbatch):
+            for entry in range(len(batch.experience.trajectory.transitions)):
+                yield Microbatch(batch, rows, entry)
+
+    def loss(self, policy: Policy, microbatch: Microbatch) -> LossTerms:
+        """Surrogate and reference KL of one micro-batch over the global denominator."""
+        experience, rows, entry = microbatch.batch.experience, microbatch.rows, microbatch.entry
+        trajectory, transition = experience.trajectory, experience.trajectory.transitions[entry]
+        prediction = microbatch.predict(policy)
+        log_prob = microbatch.log_prob(prediction) / trajectory.num_dims
+        log_prob_old = (trajectory.log_prob[rows, entry] / trajectory.num_dims).to(log_prob)
+        advantage, valid = experience.advantage[rows, entry].to(log_prob), experience.valid[rows].to(log_prob.device)
+        log_ratio = (log_prob - log_prob_old).detach()
+        recorded = {"ratio": log_ratio.exp(), "approx_kl": log_ratio.expm1() - log_ratio}
+        maxima = {"policy/ratio_deviation": log_ratio.expm1().abs().max()}
+
+        kl_old = torch.zeros_like(log_prob)
+        if trajectory.prediction is not None:
+            velocity_old = trajectory.prediction[rows, entry].to(prediction.velocity)
+            kl_old = recorded["kl_old"] = microbatch.kl_per_dim(policy, prediction.velocity, velocity_old)
+            maxima["policy/output_gap"] = _relative_gap(prediction.velocity, velocity_old).max()
+
+        if self.surrogate == "clip":
+            terms = surrogates.clipped(log_prob, log_prob_old, advantage, self.clip, self.clip)
+        elif self.surrogate == "guard":
+            terms = surrogates.guard(log_prob, log_prob_old, kl_old, transition.std, advantage, self.clip, self.clip)
+        else:
+            terms = surrogates.dppo(log_prob, log_prob_old, kl_old.detach(), advantage, self.clip)
+        loss = terms.loss
+
+        if self.needs_reference:
+            with torch.no_grad():
+                reference = microbatch.predict(policy, "reference")
+            kl = recorded["kl_reference"] = microbatch.kl_per_dim(policy, prediction.velocity, reference.velocity)
+            loss = loss + self.kl_weight_at(experience.iteration) * kl
+            maxima["policy/kl_reference"] = kl.max()
+
+        recorded |= {"loss": loss, "clip_fraction": terms.clipped.float()}
+        sums = torch.stack([values.detach()[valid].double().sum() for values in recorded.values()]).tolist()
+        worst = torch.stack([value.detach().double() for value in maxima.values()]).tolist()
+        # where(), not a product with the mask: 0 * NaN is NaN.
+        total = torch.where(valid, loss, 0.0).sum() / (microbatch.batch.denominator * len(trajectory.transitions))
+        metrics = {f"grpo/{name}": (value, float(valid.sum())) for name, value in zip(recorded, sums, strict=True)}
+        return LossTerms(loss=total, metrics=metrics, maxima=dict(zip(maxima, worst, strict=True)))
+
+
+def _relative_gap(first: Tensor, second: Tensor) -> Tensor:
+    """``||first - second|| / ||second||`` per sample, (B,)."""
+    return (first.detach() - second).flatten(1).norm(dim=1) / second.flatten(1).norm(dim=1).clamp(min=1e-12)

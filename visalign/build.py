@@ -1,0 +1,115 @@
+"""The composition root: a configuration becomes the parts of a run. With the commands, the only place where leaves meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Literal
+
+import torch
+
+from visalign import checkpoint
+from visalign.algorithms.grpo import GRPO
+from visalign.config import Config, GuardConfig, RewardConfig, resolve_path
+from visalign.credit import RewardTerm
+from visalign.data import load_prompts
+from visalign.distributed import Processes
+from visalign.loop import Parts
+from visalign.maths.seeds import derive_seed
+from visalign.plugins import load_reward
+from visalign.protocols import Reward
+from visalign.samplers.dynamics import build_dynamics, build_selection
+from visalign.samplers.policy import PipelinePolicy
+from visalign.samplers.rollout import TrajectorySampler
+from visalign.types import Prompt
+
+
+def build(config: Config, processes: Processes) -> Parts:
+    """Everything a run needs, in the order that fails earliest: small files first, weights last.
+
+    Raises:
+        ValueError: a name, a path or a combination in the configuration does not work out.
+    """
+    prompts, eval_prompts = build_prompts(config)
+    sampler = build_sampler(config)
+    terms, guards = build_rewards(config)
+    # One seed for all processes: every one of them must draw the same adapter.
+    checkpoint.seed_everything(derive_seed(config.train.seed, 0))
+    policy = build_policy(config, processes)
+    checkpoint.seed_everything(derive_seed(config.train.seed, 1, processes.rank))
+    return Parts(policy=policy, eval_policy=policy.with_call(**config.model.eval_call) if config.model.eval_call else policy, sampler=sampler,
+                 algorithm=build_algorithm(config), terms=terms, guards=guards, prompts=prompts, eval_prompts=eval_prompts,
+                 save_adapter=policy.save_adapter)
+
+
+def build_prompts(config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    """Training and evaluation prompts; without ``data.eval_prompts`` a run is evaluated on its first training prompts."""
+    prompts = load_prompts(config.data.prompts)
+    eval_prompts = prompts if config.data.eval_prompts is None else load_prompts(config.data.eval_prompts)
+    if len(eval_prompts) < config.evaluation.num_prompts:
+        raise ValueError(f"evaluation.num_prompts is {config.evaluation.num_prompts}, but there are {len(eval_prompts)} evaluation prompts; "
+                         f"use evaluation.num_prompts={len(eval_prompts)} or give more data.eval_prompts")
+    return prompts, eval_prompts
+
+
+def build_sampler(config: Config) -> TrajectorySampler:
+    """Dynamics and step selection by name, and the rollout's settings."""
+    settings = config.sampler
+    return TrajectorySampler(group_size=config.train.group_size, seed=config.train.seed, microbatch=config.train.microbatch,
+                             dynamics=build_dynamics(settings.dynamics.name, **settings.dynamics.params),
+                             steps=build_selection(settings.steps.name, **settings.steps.params),
+                             same_initial_noise=settings.same_initial_noise, storage_dtype=getattr(torch, settings.storage_dtype))
+
+
+def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward]]:
+    """Rewards trained on and rewards watched, each under a name of its own: the second "clip" is called "clip_2"."""
+    loaded = {name: (entry, load(entry)) for name, entry in unique_names([*config.rewards, *config.guards]).items()}
+    terms = [RewardTerm(name=name, reward=reward, weight=entry.weight, required=entry.required)
+             for name, (entry, reward) in loaded.items() if isinstance(entry, RewardConfig)]
+    guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig)}
+    return terms, guards
+
+
+def load(entry: RewardConfig | GuardConfig) -> Reward:
+    """The reward an entry names.
+
+    Raises:
+        ValueError: it is a pairwise judge, which needs a schedule to become scores.
+    """
+    found = load_reward(entry.name, **{key: resolve_path(value) for key, value in entry.params.items()})
+    if not isinstance(found, Reward):
+        raise ValueError(f"'{entry.name}' compares pairs and gives no score per sample; wrap it: "
+                         f"{{name: win_rate, params: {{judge: {{reward: {entry.name}, ...}}}}}}")
+    return found
+
+
+def unique_names(entries: Sequence[RewardConfig | GuardConfig]) -> Mapping[str, RewardConfig | GuardConfig]:
+    """Entries by the name they are logged under: what follows the last ``:`` of a path; repeated ones are numbered."""
+    named: dict[str, RewardConfig | GuardConfig] = {}
+    for entry in entries:
+        base = entry.name.rpartition(":")[2]
+        name = next(n for n in chain([base], (f"{base}_{k}" for k in range(2, len(entries) + 2))) if n not in named)
+        named[name] = entry
+    return named
+
+
+def build_policy(config: Config, processes: Processes) -> PipelinePolicy:
+    """Load the pipeline, capture it, and choose what learns."""
+    model, trainable = config.model, config.trainable
+    policy = PipelinePolicy.from_pretrained(str(resolve_path(model.path)), dtype=getattr(torch, model.dtype), device=str(processes.device),
+                                            **model.call)
+    if trainable.mode == "lora":
+        init: bool | Literal["gaussian"] = True if trainable.init == "default" else "gaussian"
+        alpha = trainable.rank if trainable.alpha is None else trainable.alpha
+        policy.roles.add_lora(rank=trainable.rank, alpha=alpha, target_modules=trainable.target_modules, init=init)  # type: ignore[arg-type]
+    else:
+        policy.roles.train_full()
+    if config.train.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    return policy
+
+
+def build_algorithm(config: Config) -> GRPO:
+    settings = config.algorithm
+    return GRPO(clip=settings.clip, surrogate=settings.surrogate, kl_weight=settings.kl_weight, kl_schedule=settings.kl_schedule,
+                iterations=config.train.iterations, old_log_prob=settings.old_log_prob)

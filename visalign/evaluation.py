@@ -1,0 +1,155 @@
+"""Before and after on the same prompts and seeds, with bootstrap intervals, so that a gain can be told from luck.
+
+Sample k of every evaluation comes from prompt k and one fixed seed, by the deterministic sampler. Two sets of weights are therefore
+compared pair by pair, which removes the prompts' and the seeds' variance from the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visalign.distributed import Processes
+from visalign.maths.seeds import derive_seed
+from visalign.media import save_samples
+from visalign.protocols import Policy, Reward, Sampler
+from visalign.scoring import score
+from visalign.types import Media, Prompt, Scores
+
+NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its percentile bootstrap interval, over ``count`` valid samples."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one set of weights got.
+
+    Attributes:
+        values: per metric (``reward`` or ``reward/axis``) one number per sample on the reward's raw scale, float64 (n,), NaN where invalid.
+        seeds: one per sample.
+    """
+
+    values: Mapping[str, Tensor]
+    seeds: tuple[int, ...]
+
+    def intervals(self) -> dict[str, Interval]:
+        """Mean and 95 % interval per metric; metrics without a single valid sample are left out."""
+        return {name: bootstrap_mean(values) for name, values in self.values.items() if bool(torch.isfinite(values).any())}
+
+    def metrics(self) -> dict[str, float]:
+        """``eval/<metric>`` means, and their intervals as ``eval/<metric>_low`` and ``_high``."""
+        found: dict[str, float] = {}
+        for name, interval in self.intervals().items():
+            found |= {f"eval/{name}": interval.mean, f"eval/{name}_low": interval.low, f"eval/{name}_high": interval.high}
+        return found
+
+    def write(self, path: Path) -> None:
+        """As JSON; NaN becomes null."""
+        rows = {name: [None if v != v else v for v in values.tolist()] for name, values in self.values.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"seeds": list(self.seeds), "values": rows}), encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> Evaluation:
+        """Inverse of :meth:`write`."""
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: torch.tensor([float("nan") if v is None else v for v in row], dtype=torch.float64)
+                  for name, row in stored["values"].items()}
+        return Evaluation(values=values, seeds=tuple(stored["seeds"]))
+
+
+def bootstrap_mean(values: Tensor, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Percentile bootstrap of the mean of the finite entries of ``values`` (n,).
+
+    Raises:
+        ValueError: no finite entry.
+    """
+    known = values.double()[torch.isfinite(values)].numpy()
+    if known.size == 0:
+        raise ValueError("a mean needs at least one valid sample, got none")
+    rows = np.random.default_rng(seed).integers(known.size, size=(NUM_RESAMPLES, known.size))
+    low, high = np.quantile(known[rows].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(mean=float(known.mean()), low=float(low), high=float(high), count=int(known.size))
+
+
+def bootstrap_gain(before: Tensor, after: Tensor, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """Interval of the mean of ``after - before`` over samples valid in both, resampling pairs; (n,) each.
+
+    Raises:
+        ValueError: lengths differ, or no pair is valid.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"a paired comparison needs the same samples, got {before.shape[0]} before and {after.shape[0]} after; "
+                         "evaluate both with the same prompts and seeds")
+    return bootstrap_mean(after.double() - before.double(), confidence, seed)
+
+
+def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, seed: int, batch: int,
+             processes: Processes, folder: Path | None = None, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+             progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluation | None:
+    """One sample per prompt, scored by every reward that judges samples one by one or as a set (groups have no meaning here).
+
+    Args:
+        seed: sample k is made from ``derive_seed(seed, k)``.
+        batch: samples generated and decoded at once.
+        folder: where media and their index are written.
+        autocast: precision of the denoiser, as in training.
+        progress: called with (samples made, samples in all).
+    Returns:
+        On the main process the evaluation, on the others ``None``: media are made on all of them and scored together on one.
+    """
+    seeds = [derive_seed(seed, k) for k in range(len(prompts))]
+    mine = range(processes.rank, len(prompts), processes.world)
+    made: list[tuple[int, Media]] = []
+    for start in range(0, len(mine), batch):
+        rows = mine[start:start + batch]
+        with autocast():
+            latents = sampler.generate(policy, [prompts[k] for k in rows], [seeds[k] for k in rows])
+        with torch.no_grad():
+            made += zip(rows, policy.decode(latents), strict=True)
+        progress(min(len(prompts), len(made) * processes.world), len(prompts))
+    gathered = dict(pair for part in processes.gather_objects(made) for pair in part)
+    if not processes.is_main:
+        return None
+    media = [gathered[k] for k in range(len(prompts))]
+    judges = {name: reward for name, reward in rewards.items() if reward.spec.arity in ("pointwise", "set")}
+    scores = score(judges, media, prompts, list(range(len(prompts))))
+    if folder is not None:
+        save_samples(folder, media, prompts, seeds, {name: one.value for name, one in scores.items()})
+    return Evaluation(values=_values(scores), seeds=tuple(seeds))
+
+
+def write_comparison(path: Path, before: Evaluation, after: Evaluation) -> None:
+    """``evaluation.json``: per metric the two means and the paired gain, each with its interval."""
+    rows = {}
+    for name in before.intervals().keys() & after.intervals().keys():
+        pair = before.values[name], after.values[name]
+        if bool(torch.isfinite(pair[1] - pair[0]).any()):
+            rows[name] = {"before": vars(bootstrap_mean(pair[0])), "after": vars(bootstrap_mean(pair[1])),
+                          "gain": vars(bootstrap_gain(*pair))}
+    path.write_text(json.dumps(dict(sorted(rows.items())), indent=1), encoding="utf-8")
+
+
+def _values(scores: Mapping[str, Scores]) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    for name, one in scores.items():
+        values[name] = one.raw.double()
+        values |= {f"{name}/{axis}": detail.double() for axis, detail in one.details.items()}
+    return values

@@ -1,0 +1,301 @@
+"""The main path: collect -> score -> credit -> update -> log -> save. Read this file first, top to bottom.
+
+Every process runs the same loop on its own groups. What must agree between them (advantages, denominators, gradients) is gathered or
+summed through ``distributed``; what must be the same after a resume (everything) is in ``state``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from visalign import checkpoint, invariants, scoring
+from visalign.config import Config, dump_config
+from visalign.credit import CircuitBreaker, Credit, RewardTerm, assign_credit
+from visalign.data import GroupSampler
+from visalign.distributed import Processes
+from visalign.ema import EMA
+from visalign.evaluation import Evaluation, evaluate, write_comparison
+from visalign.geometry import Geometry, assign_updates
+from visalign.maths.advantages import AdvantageRule
+from visalign.maths.seeds import derive_seed
+from visalign.optimization import Optimization, Step
+from visalign.progress import Callback, Silent
+from visalign.protocols import Algorithm, Policy, Reward, Sampler
+from visalign.state import State, rewind_logs
+from visalign.tally import Tally, concatenate_scores
+from visalign.tracking import JsonlTracker, Tracker, open_trackers
+from visalign.types import Batch, Experience, Media, Prompt, Scores, Trajectory
+
+logger = logging.getLogger(__name__)
+
+PERMUTATION, MICROBATCHES = 2, 3  # what a seed is for: derive_seed(seed, number, PERMUTATION)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration became; made by ``build.build``, the only place that knows concrete leaves.
+
+    Attributes:
+        policy: what is trained; ``eval_policy`` is the same weights under the evaluation's call arguments.
+        terms: the rewards trained on; ``guards`` are watched in evaluations only.
+        save_adapter: writes the trained weights where the pipeline's own library loads them.
+    """
+
+    policy: Policy
+    eval_policy: Policy
+    sampler: Sampler
+    algorithm: Algorithm
+    terms: Sequence[RewardTerm]
+    guards: Mapping[str, Reward]
+    prompts: Sequence[Prompt]
+    eval_prompts: Sequence[Prompt]
+    save_adapter: SaveAdapter
+
+
+class SaveAdapter(Protocol):
+    def __call__(self, folder: Path) -> None: ...
+
+
+def train(config: Config, run_dir: Path | str, resume: bool = False, callback: Callback | None = None) -> Path:
+    """Run ``config`` in ``run_dir`` (or continue the run that is there) and return the folder: the result.
+
+    Raises:
+        ValueError: something in the configuration does not fit; before anything is generated.
+        InvariantError, TrainingStoppedError, CheckpointError: the run cannot go on; the message says what to do.
+    """
+    from visalign.build import build  # the composition root imports every leaf; this file needs none of them
+
+    processes = Processes.start(config.model.device)
+    geometry(config, processes)  # before weights are loaded
+    return run(build(config, processes), config, Path(run_dir), processes, resume=resume, callback=callback or Silent())
+
+
+def run(parts: Parts, config: Config, run_dir: Path, processes: Processes, *, resume: bool = False,
+        callback: Callback | None = None) -> Path:
+    """The loop, for parts that are already built."""
+    loop = Loop(parts, config, run_dir, processes, callback if callback is not None and processes.is_main else Silent())
+    try:
+        loop.start(resume)
+        loop.callback.on_start(loop.state.iteration, config.train.iterations)
+        while loop.state.iteration < config.train.iterations:
+            loop.iterate()
+        loop.finish()
+    finally:
+        loop.callback.on_end()
+        loop.close()
+    return run_dir
+
+
+def geometry(config: Config, processes: Processes) -> Geometry:
+    """Batch geometry of this launch."""
+    train = config.train
+    return Geometry(train.groups, train.group_size, train.updates, train.microbatch, processes.world)
+
+
+class Loop:
+    """One run: its parts, its state, its folder."""
+
+    def __init__(self, parts: Parts, config: Config, run_dir: Path, processes: Processes, callback: Callback) -> None:
+        self.parts, self.config, self.run_dir, self.processes, self.callback = parts, config, run_dir, processes, callback
+        self.geometry = geometry(config, processes)
+        if parts.algorithm.needs_reference and not parts.policy.has_role("reference"):
+            raise ValueError("algorithm.kl_weight > 0 needs a reference, and the policy has none; train an adapter, or set kl_weight to 0")
+        for term in parts.terms:
+            scoring.check_prompts(term.reward.spec, parts.prompts, term.name)
+        trainable = parts.policy.named_trainable()
+        self.state = State(iteration=0, optimization=Optimization(trainable, config.train, processes.device),
+                           ema=None if config.ema is None else EMA(trainable, config.ema.decay),
+                           data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker())
+        self.trackers: list[Tracker] = []
+        self.timings: dict[str, float] = {}
+        self.timing_log: Tracker | None = None
+
+    def iterate(self) -> None:
+        """One iteration, from prompts to a checkpoint."""
+        self.timings = {}
+        with self.phase("sample"):
+            trajectory = self.collect()
+        with self.phase("score"):
+            scores = self.score(trajectory)
+        experience, credit = self.credit(trajectory, scores)
+        with self.phase("update"):
+            metrics = {**credit.metrics, **self.update(experience)}
+        iteration, self.state.iteration = self.state.iteration, self.state.iteration + 1
+        done = self.state.iteration == self.config.train.iterations
+        if done or self.due(self.config.evaluation.every):
+            metrics |= self.evaluated("after" if done else f"iteration-{self.state.iteration:06d}")
+        self.log(iteration, metrics)
+        if done or self.due(self.config.checkpoint.every):
+            self.save(score=metrics.get("credit/reward_mean"))
+        self.callback.on_iteration(iteration, metrics)
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.state.iteration % every == 0
+
+    def collect(self) -> Trajectory:
+        """This process's groups: P_local prompts, G samples each."""
+        prompts = [self.parts.prompts[i] for i in self.state.data.next()]
+        mine = self.processes.share(len(prompts))
+        first = (self.state.iteration * self.geometry.groups + mine.start) * self.geometry.group_size
+        with self.state.optimization.autocast(cache=True):
+            trajectory = self.parts.sampler.rollout(self.parts.policy, [prompts[i] for i in mine], iteration=self.state.iteration,
+                                                    first_index=first)
+        invariants.check_groups(trajectory, self.geometry.group_size)
+        return trajectory
+
+    def score(self, trajectory: Trajectory) -> dict[str, Scores]:
+        """Scores of this process's samples by reward name, each (N_local,)."""
+        media: list[Media] = []
+        with torch.no_grad():
+            for part in trajectory.x_final.split(self.geometry.microbatch):
+                media += self.parts.policy.decode(part.to(self.processes.device))
+                self.callback.on_phase("score", len(media), trajectory.num_samples)
+        prompts = [trajectory.prompts[g] for g in trajectory.group_id.tolist()]
+        return scoring.score({term.name: term.reward for term in self.parts.terms}, media, prompts, trajectory.group_id.tolist())
+
+    def credit(self, trajectory: Trajectory, scores: Mapping[str, Scores]) -> tuple[Experience, Credit]:
+        """Advantages from the statistics of all processes' samples; this process keeps its own rows."""
+        everyone = concatenate_scores(self.processes.gather_objects(dict(scores)))
+        group_id = torch.arange(self.geometry.samples) // self.geometry.group_size
+        self.state.breaker.update(everyone)
+        credit = assign_credit(self.parts.terms, everyone, group_id, AdvantageRule(**self.config.algorithm.advantage.model_dump()))
+        invariants.check_advantages(credit.advantage, everyone, group_id)
+        share = self.processes.share(self.geometry.samples)
+        own = slice(share.start, share.stop)
+        advantage = credit.advantage[own].unsqueeze(1).expand(-1, len(trajectory.transitions))
+        return Experience(trajectory, advantage.to(trajectory.log_prob), credit.valid[own], self.state.iteration), credit
+
+    def update(self, experience: Experience) -> dict[str, float]:
+        """``updates`` optimizer steps, each on its share of every group; returns metrics over all of them."""
+        optimization, algorithm = self.state.optimization, self.parts.algorithm
+        self.parts.policy.train(True)
+        with optimization.autocast():
+            experience = algorithm.prepare(self.parts.policy, experience, self.geometry.microbatch)
+        assignment = self.assignment(experience.trajectory)
+        whole, steps = Tally(), list[Step]()
+        for update in range(self.geometry.updates):
+            rows = (assignment == update).nonzero().squeeze(1)
+            denominator = self.processes.sum([float(experience.valid[rows].sum())])[0]
+            if denominator == 0:
+                continue  # not one valid sample anywhere; the circuit breaker stops a run in which this persists
+            tally = self.accumulate(Batch(experience, rows, denominator), update).over(self.processes)
+            if update == 0:
+                invariants.check_first_update(tally.maxima, iteration=experience.iteration, num_dims=experience.trajectory.num_dims,
+                                              dtype=invariants.coarser(self.config.model.dtype, self.config.train.precision))
+                whole.maxima |= {f"{name}_first": value for name, value in tally.maxima.items()}
+            steps.append(optimization.step(tally.loss, self.processes))
+            if self.state.ema is not None and steps[-1].applied:
+                self.state.ema.step(self.parts.policy.named_trainable())
+            whole.merge(tally)
+            self.callback.on_phase("update", update + 1, self.geometry.updates)
+        return {**whole.metrics(), **step_metrics(steps), "train/skipped": float(optimization.num_skipped)}
+
+    def accumulate(self, batch: Batch, update: int) -> Tally:
+        """Gradients of one optimizer step on this process: a sum over micro-batches, already over the global denominator."""
+        optimization, tally = self.state.optimization, Tally()
+        seed = derive_seed(self.config.train.seed, batch.experience.iteration, update, self.processes.rank, MICROBATCHES)
+        generator = torch.Generator().manual_seed(seed)
+        for microbatch in self.parts.algorithm.microbatches(batch, self.geometry.microbatch, generator):
+            with optimization.autocast():
+                terms = self.parts.algorithm.loss(self.parts.policy, microbatch)
+            optimization.backward(terms.loss)
+            tally.add(terms)
+        return tally
+
+    def assignment(self, trajectory: Trajectory) -> Tensor:
+        """Which optimizer step each sample belongs to, int64 (N_local,): a random equal share of every group.
+
+        Members are permuted per group by the group's global index, so the answer is the same on any number of processes."""
+        firsts = trajectory.sample_index[::self.geometry.group_size].tolist()
+        generators = [torch.Generator().manual_seed(derive_seed(self.config.train.seed, first, PERMUTATION)) for first in firsts]
+        members = torch.stack([torch.randperm(self.geometry.group_size, generator=generator) for generator in generators])
+        return assign_updates(members, self.processes.rank * self.geometry.local_groups, self.geometry.updates)
+
+    def evaluated(self, label: str) -> dict[str, float]:
+        """Metrics of the current weights (their average, if there is one) on the evaluation prompts; kept under ``label``."""
+        settings, state = self.config.evaluation, self.state
+        weights = nullcontext() if state.ema is None else state.ema.swapped(self.parts.policy.named_trainable())
+        rewards = {**{term.name: term.reward for term in self.parts.terms}, **self.parts.guards}
+        with self.phase("evaluate"), weights:
+            found = evaluate(self.parts.eval_policy, self.parts.sampler, rewards, self.parts.eval_prompts[:settings.num_prompts],
+                             seed=settings.seed, batch=settings.batch, processes=self.processes, folder=self.run_dir / "samples" / label,
+                             autocast=lambda: state.optimization.autocast(cache=True),
+                             progress=lambda done, total: self.callback.on_phase("evaluate", done, total))
+        if found is None:
+            return {}
+        found.write(self.run_dir / "evaluations" / f"{label}.json")
+        return found.metrics()
+
+    def start(self, resume: bool) -> None:
+        """Take up the newest checkpoint, or start with an evaluation of the weights as they are."""
+        checkpoints = self.run_dir / "checkpoints"
+        newest = checkpoint.latest(checkpoints)
+        if newest is not None and not resume:
+            raise ValueError(f"{self.run_dir} already holds a run; continue it with visalign train --resume {self.run_dir}, "
+                             "or choose another folder")
+        saved = None if newest is None else checkpoint.load(newest)
+        if saved is not None:
+            self.state.restore(self.parts.policy, saved, self.processes)
+            logger.info("resuming from %s", newest)
+        if self.processes.is_main:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            rewind_logs(self.run_dir, saved)
+            (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+            self.trackers = open_trackers(self.config.tracking, self.run_dir, self.config.model_dump(mode="json"))
+            self.timing_log = JsonlTracker(self.run_dir / "timings.jsonl")
+        if saved is None:
+            # Row -1: what the weights give before iteration 0.
+            self.log(-1, self.evaluated("before"))
+
+    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """One row in every tracker; wall-clock numbers go to ``timings.jsonl``, so that metrics of equal runs are equal files."""
+        for tracker in self.trackers:
+            tracker.log(iteration, metrics)
+        if self.timing_log is not None:
+            self.timing_log.log(iteration, self.timings)
+
+    def save(self, score: float | None) -> None:
+        """A checkpoint of everything, collective."""
+        self.callback.on_phase("save", 0, 1)
+        self.state.save(self.parts.policy, self.run_dir, self.config.model_dump(mode="json"), self.processes,
+                        keep=self.config.checkpoint.keep, score=score)
+        self.callback.on_phase("save", 1, 1)
+
+    def finish(self) -> None:
+        """Leave the result: the adapter (with averaged weights, if there are any), before against after, the report."""
+        if not self.processes.is_main:
+            return
+        weights = nullcontext() if self.state.ema is None else self.state.ema.swapped(self.parts.policy.named_trainable())
+        with weights:
+            self.parts.save_adapter(self.run_dir / "adapter")
+        before, after = (self.run_dir / "evaluations" / f"{label}.json" for label in ("before", "after"))
+        if before.exists() and after.exists():
+            write_comparison(self.run_dir / "evaluation.json", Evaluation.read(before), Evaluation.read(after))
+
+    def close(self) -> None:
+        for tracker in [*self.trackers, *([self.timing_log] if self.timing_log is not None else [])]:
+            tracker.close()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a part of the iteration."""
+        started = time.perf_counter()
+        self.callback.on_phase(name, 0, 1)
+        yield
+        self.timings[f"time/{name}"] = time.perf_counter() - started
+
+
+def step_metrics(steps: Sequence[Step]) -> dict[str, float]:
+    """``train/`` metrics of an iteration's optimizer steps."""
+    if not steps:
+        return {}
+    return {"train/grad_norm": sum(step.grad_norm for step in steps) / len(steps), "train/learning_rate": steps[-1].learning_rate}

@@ -1,0 +1,101 @@
+"""Everything that changes while a run runs, and its way to disk and back, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visalign import __version__, checkpoint
+from visalign.checkpoint import Checkpoint
+from visalign.credit import CircuitBreaker
+from visalign.data import GroupSampler
+from visalign.distributed import Processes
+from visalign.ema import EMA
+from visalign.optimization import Optimization
+from visalign.protocols import Policy
+
+logger = logging.getLogger(__name__)
+
+LOGS = ("metrics.jsonl", "timings.jsonl")
+
+
+@dataclass
+class State:
+    """The state of a run between two iterations.
+
+    Attributes:
+        iteration: the next one, 0-based.
+        optimization: optimizer, schedule, loss scaler.
+        ema: average of the weights, or ``None``.
+        data: which prompts come next.
+        breaker: the rewards' recent failures.
+    """
+
+    iteration: int
+    optimization: Optimization
+    ema: EMA | None
+    data: GroupSampler
+    breaker: CircuitBreaker
+
+    def save(self, policy: Policy, run_dir: Path, config: Mapping[str, Any], processes: Processes, *, keep: int,
+             score: float | None) -> None:
+        """Write ``run_dir/checkpoints/<iteration>``; collective, only the main process writes.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        rng = processes.gather_objects(checkpoint.rng_state())
+        if processes.is_main:
+            optimizer_tensors, optimization = self.optimization.state()
+            tensors = {"weights": dict(policy.named_trainable()), "optimizer": optimizer_tensors,
+                       **{f"rng-{rank:05d}": part[0] for rank, part in enumerate(rng)}}
+            if self.ema is not None:
+                tensors["ema"] = self.ema.shadow
+            state = {"visalign": __version__, "config": config, "optimization": optimization, "rng": [part[1] for part in rng],
+                     "ema_steps": None if self.ema is None else self.ema.num_steps,
+                     "data": self.data.state_dict(), "breaker": self.breaker.state_dict(),
+                     "log_bytes": {name: (run_dir / name).stat().st_size for name in LOGS if (run_dir / name).exists()}}
+            checkpoint.save(run_dir / "checkpoints", self.iteration, tensors, state, keep=keep, score=score)
+        processes.barrier()
+
+    def restore(self, policy: Policy, saved: Checkpoint, processes: Processes) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: it belongs to other trainable weights, prompts, geometry or seed.
+        """
+        trained = policy.named_trainable()
+        weights = saved.tensors["weights"]
+        if {n: tuple(t.shape) for n, t in weights.items()} != {n: tuple(p.shape) for n, p in trained.items()}:
+            differing = sorted(weights.keys() ^ trained.keys())[:4] or [n for n in weights if weights[n].shape != trained[n].shape][:4]
+            raise ValueError(f"{saved.path} holds {len(weights)} trained tensors that do not fit this run's {len(trained)}, for example "
+                             f"{', '.join(differing)}; resume with the model and trainable settings the run was started with")
+        self.optimization.restore(saved.tensors["optimizer"], saved.state["optimization"])
+        self.data.load_state_dict(saved.state["data"])
+        self.breaker.load_state_dict(saved.state["breaker"])
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(weights[name])
+        if self.ema is not None:
+            if saved.state["ema_steps"] is None:
+                raise ValueError(f"{saved.path} was written without ema; leave ema out, or start a new run")
+            self.ema.restore(saved.tensors["ema"], int(saved.state["ema_steps"]))
+        if len(saved.state["rng"]) == processes.world:
+            checkpoint.restore_rng(saved.tensors[f"rng-{processes.rank:05d}"], saved.state["rng"][processes.rank])
+        else:
+            logger.warning("resuming on %d processes a run that had %d: samples and updates are the same, dropout, if any, is drawn anew",
+                           processes.world, len(saved.state["rng"]))
+        self.iteration = int(saved.state["iteration"])
+
+
+def rewind_logs(run_dir: Path, saved: Checkpoint | None) -> None:
+    """Cut the logs back to what they held at the checkpoint, or to nothing without one; on the main process, before they are opened."""
+    sizes = {} if saved is None else saved.state["log_bytes"]
+    for name in LOGS:
+        if name in sizes or (run_dir / name).exists():
+            checkpoint.truncate(run_dir / name, int(sizes.get(name, 0)))
