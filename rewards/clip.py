@@ -129,9 +129,8 @@ class ClipScore:
             return
         limit = self.tokenizer.context_length
         kept, full = self.tokenizer(texts), self.tokenizer(texts, context_length=16 * limit)
-        padding = self.tokenizer("", context_length=16 * limit)[0, -1]
-        # A truncated text ends in a forced end-of-text token, or at least continues past the limit.
-        num_cut = int(((kept != full[:, :limit]).any(dim=-1) | (full[:, limit:] != padding).any(dim=-1)).sum())
+        # A truncated text ends in a forced end-of-text token where the full one goes on.
+        num_cut = int((kept != full[:, :limit]).any(dim=-1).sum())
         if num_cut:
             self._warned = True
             logger.warning("%s: %d of %d distinct prompts exceed the model's %d tokens; what comes after is ignored",
