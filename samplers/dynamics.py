@@ -71,7 +71,8 @@ class FlowSDE:
         # A minimum, not a test for s == 1: schedules that start at 0.9999 would otherwise get g = noise * 100.
         ceiling = flow_coordinates(levels[1]).s if self.guard == "next" else float(self.guard)
         g = self.noise * math.sqrt(here.s / (1 - min(here.s, ceiling)))
-        return _sde(levels, index, here, there, g, repr(self), hint=", or set guard='next'" if self.guard != "next" else "")
+        hint = ", or set guard='next'" if self.guard != "next" and here.s > ceiling else ""
+        return _sde(levels, index, here, there, g, repr(self), hint)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 
+# Above the rounding of float32 rewards (6e-8), far below any difference a reward means.
+_NO_SPREAD = 1e-6
+
+
 @dataclass(frozen=True)
 class AdvantageRule:
     """How rewards become advantages.
@@ -100,19 +104,21 @@ def group_advantages(
     else:
         advantage = torch.stack([w * group.normalise(r) for w, r in zip(factors.tolist(), table.unbind(1), strict=True)]).sum(0)
         if rule.whiten:
-            # Every group sums to 0, so the batch mean is 0 already and groups without spread stay exactly 0.
-            advantage = advantage / (_std(advantage[group.live], rule.ddof) + rule.eps)
+            # Every group sums to 0, so the batch mean is 0 already and groups without spread stay exactly 0. Rewards that cancel
+            # leave rounding noise, which whitening would blow up to full size.
+            std = _std(advantage[group.live], rule.ddof)
+            advantage = torch.where(std < _NO_SPREAD, 0.0, advantage / (std + rule.eps))
     if rule.clip is not None:
         advantage = advantage.clamp(-rule.clip, rule.clip)
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
-    std, flat = group.spread(total)
+    group_std, flat = group.spread(total)
     kept = int(group.kept.sum())
     return Advantages(
         advantage=torch.where(group.live, advantage, torch.zeros_like(advantage)).to(dtype),
         num_groups=group.kept.shape[0],
         dropped_groups=group.kept.shape[0] - kept,
         zero_spread=float((flat & group.kept).sum()) / kept if kept else 0.0,
-        group_std=float(std[group.kept].mean()),
+        group_std=float(group_std[group.kept].mean()),
     )
 
 
@@ -140,7 +146,7 @@ class _Groups:
         std = (self.sum(deviation.square()) / (self.count - self.rule.ddof).clamp(min=1)).sqrt()
         largest = torch.ones(self.num, dtype=torch.float64, device=values.device)
         largest = largest.scatter_reduce(0, self.row, torch.where(self.valid, values.abs(), 0.0), "amax")
-        return std, std < 1e-6 * largest
+        return std, std < _NO_SPREAD * largest
 
     def normalise(self, values: Tensor) -> Tensor:
         """(N,) values to advantages of live samples, exactly 0 in groups without spread."""
