@@ -174,7 +174,7 @@ def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
 @app.command()
 def env() -> None:
     """Versions and devices, ready to paste into a bug report."""
-    from visalign.commands.env import describe
+    from visalign.versions import describe
 
     typer.echo(describe())
 

@@ -83,6 +83,8 @@ class Bars:
 
 
 def summary(metrics: Mapping[str, float]) -> str:
-    """The few numbers worth a glance: mean rewards, and the ratio's distance from 1."""
-    shown = [name for name in metrics if name.startswith("reward/") and name.count("/") == 1 and not name.endswith(("_std", "_valid"))]
-    return "  ".join(f"{name.partition('/')[2]} {metrics[name]:.3f}" for name in shown[:4])
+    """The numbers worth a glance: the mean of each reward, and what the last evaluation gave if there was one."""
+    rewards = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith("reward/") and name.endswith("/mean")}
+    shown = [f"{name} {value:.3f}" + (f" (held out {metrics[f'eval/{name}']:.3f})" if f"eval/{name}" in metrics else "")
+             for name, value in rewards.items()]
+    return "  ".join(shown[:4])

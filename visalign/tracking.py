@@ -20,7 +20,7 @@ class Tracker(Protocol):
     """Receives the numbers of every iteration."""
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Numbers of iteration ``iteration``; a name may be absent in some iterations (evaluations)."""
+        """Numbers of iteration ``iteration``; -1 is the state before the first. A name may be absent in some (evaluations)."""
 
     def close(self) -> None:
         """Flush and release; nothing is logged afterwards."""
@@ -51,7 +51,7 @@ class TensorboardTracker:
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, iteration)
+            self._writer.add_scalar(name, value, iteration + 1)
 
     def close(self) -> None:
         self._writer.close()
@@ -65,7 +65,7 @@ class WandbTracker:
         self._run = _require("wandb").init(dir=str(run_dir), name=run_dir.name, id=run_dir.name, resume="allow", config=dict(settings))
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=iteration)
+        self._run.log(dict(metrics), step=iteration + 1)
 
     def close(self) -> None:
         self._run.finish()
@@ -78,7 +78,7 @@ class TrackioTracker:
         self._run = _require("trackio").init(project="visalign", name=run_dir.name, resume="allow", config=dict(settings))
 
     def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=iteration)
+        self._run.log(dict(metrics), step=iteration + 1)
 
     def close(self) -> None:
         self._run.finish()
@@ -103,20 +103,20 @@ def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, An
     return [makers[name]() for name in names]
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Rows of ``metrics.jsonl`` in order, each with its ``iteration``; ``null`` reads as NaN.
+def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, float]]:
+    """Rows of ``metrics.jsonl`` (or another log of the run) in order, each with its ``iteration``; ``null`` reads as NaN.
 
     Raises:
         ValueError: there is no such file, or a line in the middle is damaged. A torn last line (a killed run) is left out.
     """
-    path = run_dir / METRICS
+    path = run_dir / name
     if not path.is_file():
-        raise ValueError(f"{run_dir} has no {METRICS}: is it the folder of a run?")
+        raise ValueError(f"{run_dir} has no {name}: is it the folder of a run?")
     lines = path.read_text(encoding="utf-8").splitlines()
     rows: list[dict[str, float]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append({name: math.nan if value is None else value for name, value in json.loads(line).items()})
+            rows.append({key: math.nan if value is None else value for key, value in json.loads(line).items()})
         except (json.JSONDecodeError, AttributeError) as error:
             if number < len(lines):
                 raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error

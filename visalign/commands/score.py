@@ -10,12 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from visalign.config import GuardConfig, RewardConfig, load_config, resolve_path
+from visalign.build import load, unique_names
+from visalign.config import GuardConfig, RewardConfig, load_config
 from visalign.data import load_prompts
 from visalign.evaluation import bootstrap_mean
 from visalign.media import INDEX, KIND, Sample, load_media, read_index
-from visalign.plugins import load_reward
-from visalign.protocols import Reward
 from visalign.scoring import score
 from visalign.settings import ConfigError, parse_yaml, validate
 from visalign.types import Prompt, Scores
@@ -29,7 +28,7 @@ def run(folder: Path, rewards: list[str], *, config: str | None, source: str | N
     if not wanted:
         raise ValueError("which rewards? -r clip, -r '{name: clip, params: {model: ...}}', -r my_file.py:function, or --config CONFIG")
     samples = find_samples(folder, source)
-    loaded_rewards = {name: build(reward) for name, reward in unique_names(wanted).items()}
+    loaded_rewards = {name: load(entry) for name, entry in unique_names(wanted).items()}
     media = [load_media(sample.file) for sample in samples]
     # Samples of one prompt are a group: rewards that compare need to know.
     groups: dict[str, int] = {}
@@ -54,28 +53,6 @@ def parse_reward(text: str) -> RewardConfig:
     except ValueError as error:
         raise ConfigError([str(error)], f"-r '{text}'") from None
     return validate(RewardConfig, value if isinstance(value, dict) else {"name": text}, f"-r '{text}'")
-
-
-def unique_names(rewards: Sequence[RewardConfig | GuardConfig]) -> dict[str, RewardConfig | GuardConfig]:
-    """Rewards by the name they are shown under; the same name again gets a number."""
-    named: dict[str, RewardConfig | GuardConfig] = {}
-    for reward in rewards:
-        again = sum(name == reward.name or name.startswith(f"{reward.name} ") for name in named)
-        named[reward.name if not again else f"{reward.name} {again + 1}"] = reward
-    return named
-
-
-def build(reward: RewardConfig | GuardConfig) -> Reward:
-    """The reward, with ``playground:`` names in its parameters resolved.
-
-    Raises:
-        ValueError: it compares pairs; it has to be lifted to a win rate first.
-    """
-    found = load_reward(reward.name, **{key: resolve_path(value) for key, value in reward.params.items()})
-    if not isinstance(found, Reward):
-        lifted = f"{{name: win_rate, params: {{judge: {{reward: {reward.name}}}}}}}"
-        raise ValueError(f"'{reward.name}' compares pairs; as a score use -r '{lifted}'")
-    return found
 
 
 def find_samples(folder: Path, source: str | None) -> list[Sample]:

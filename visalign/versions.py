@@ -1,4 +1,4 @@
-"""``visalign env``: what a bug report needs, as plain text."""
+"""What was running: for ``visalign env``, reports and model cards."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def describe() -> str:
+    """Versions, processors and the environment variables that matter, as lines to paste into a bug report."""
     import torch
 
     lines = [f"{name:<16} {value}" for name, value in versions().items()]
@@ -46,7 +47,7 @@ def describe() -> str:
 
 def _commit() -> str:
     """``+abc1234`` in a git checkout of this package, with ``-dirty`` when files differ; nothing when installed."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return ""
     try:

@@ -1,0 +1,198 @@
+"""The page: what was gained, what it looks like, how it went, what was run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from pathlib import Path
+
+from visalign.config import Config, load_config
+from visalign.report.charts import Line, label, line_chart
+from visalign.report.glossary import explain
+from visalign.report.pictures import figure, latest_label, pairs
+from visalign.tracking import read_metrics
+from visalign.versions import versions
+
+REPORT = "report.html"
+_SECTIONS = (
+    ("Trust region", "How far one iteration's updates move the policy that made its samples.", ("grpo/", "policy/")),
+    ("Credit", "From rewards to what the update learns from.", ("credit/",)),
+    ("Optimisation", "", ("train/",)),
+)
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Write ``report.html`` into a run's folder and return its path; whatever the run has not produced yet is left out.
+
+    Raises:
+        ValueError: the folder is not a run's.
+    """
+    run = Path(run_dir)
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} has no config.yaml: is it the folder of a run?")
+    config, rows = load_config(run / "config.yaml"), read_metrics(run)
+    compared, references = _comparison(run), _references(run)
+    done = 1 + max((int(row["iteration"]) for row in rows), default=-1)
+    body = [
+        f"<h1>{escape(config.recipe.description or run.resolve().name)}</h1>",
+        f'<div class=meta>{escape(config.model.path)} &middot; {escape(config.algorithm.name)} &middot; '
+        f"{done} of {config.train.iterations} iterations, {done * config.train.groups * config.train.group_size} samples &middot; "
+        f"seed {config.train.seed}</div>",
+        _tiles(compared, config), _table(compared, references, config), _pictures(run), _reward_curves(rows, config), _diagnostics(rows),
+        _timings(run), _settings(run),
+    ]
+    css = (resources.files("visalign.report") / "style.css").read_text(encoding="utf-8")
+    page = ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
+            f"<title>{escape(run.resolve().name)}</title><style>{css}</style></head><body>{''.join(body)}</body></html>\n")
+    path = run / REPORT
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric of ``evaluation.json``: mean, low and high before, after, and of the paired gain."""
+
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    gain: Mapping[str, float]
+
+    @property
+    def verdict(self) -> str:
+        """``up`` or ``down`` when the interval of the gain excludes 0."""
+        return "up" if self.gain["low"] > 0 else "down" if self.gain["high"] < 0 else ""
+
+
+def _comparison(run: Path) -> dict[str, Compared]:
+    path = run / "evaluation.json"
+    if not path.is_file():
+        return {}
+    return {name: Compared(**row) for name, row in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _references(run: Path) -> dict[str, dict[str, float]]:
+    """Means of further evaluations left beside before and after (the base with guidance, say), by their label."""
+    found = {}
+    for path in sorted((run / "evaluations").glob("*.json")):
+        if path.stem not in ("before", "after") and not path.stem.startswith("iteration-"):
+            values = json.loads(path.read_text(encoding="utf-8"))["values"]
+            known = {name: [v for v in column if v is not None] for name, column in values.items()}
+            found[path.stem] = {name: sum(column) / len(column) for name, column in known.items() if column}
+    return found
+
+
+def _tiles(compared: Mapping[str, Compared], config: Config) -> str:
+    trained = {reward.name for reward in config.rewards}
+    tiles = []
+    for name, row in compared.items():
+        if "/" in name:
+            continue
+        role = "trained on" if name in trained else "guard, not trained on"
+        tiles.append(f"<div class=tile><div class=name>{escape(name)} &middot; {role}</div><div class=value><span class=from>"
+                     f"{label(row.before['mean'])} &rarr;</span> {label(row.after['mean'])}</div><div class=gain>{_gain(row)}</div></div>")
+    return f"<div class=tiles>{''.join(tiles)}</div>" if tiles else ""
+
+
+def _gain(row: Compared) -> str:
+    return f"<span class={row.verdict or 'none'}>{row.gain['mean']:+.3g}</span> <span class=interval>{_interval(row.gain, '+')}</span>"
+
+
+def _interval(row: Mapping[str, float], sign: str = "") -> str:
+    return f"[{row['low']:{sign}.3g}, {row['high']:{sign}.3g}]"
+
+
+def _table(compared: Mapping[str, Compared], references: Mapping[str, Mapping[str, float]], config: Config) -> str:
+    if not compared:
+        return ""
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("metric", "before", "after", "gain", *references))
+    lines = []
+    for name in sorted(compared, key=lambda metric: (metric.partition("/")[0], metric)):
+        row, (reward, _, axis) = compared[name], name.partition("/")
+        cells = [f"<td{' class=part' if axis else ''}>{escape(axis or reward)}</td>",
+                 *(f"<td>{label(side['mean'])} <span class=interval>{_interval(side)}</span></td>" for side in (row.before, row.after)),
+                 f"<td>{_gain(row)}</td>", *(f"<td>{label(means[name]) if name in means else ''}</td>" for means in references.values())]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    count = int(next(iter(compared.values())).gain["count"])
+    return ("<h2>What changed</h2><p>Evaluation prompts with fixed seeds and the deterministic sampler, before and after training. "
+            f"Brackets: 95 % bootstrap intervals over up to {count} prompts; the gain is taken prompt by prompt. "
+            "Green and red: its interval excludes 0.</p>"
+            f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>")
+
+
+def _pictures(run: Path) -> str:
+    found = pairs(run)
+    if not found:
+        return ""
+    latest = latest_label(run)
+    when = "after training" if latest == "after" else f"at {latest}"
+    return (f"<h2>What it looks like</h2><p>Left before, right {when}: the same prompt and the same noise. "
+            f"The first {len(found)} evaluation prompts, not a selection.</p>"
+            f"<div class=pairs>{''.join(figure(*pair) for pair in found)}</div>")
+
+
+def _series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
+    known = [(row["iteration"] + 1, row[name]) for row in rows if name in row]
+    return [x for x, _ in known], [y for _, y in known]
+
+
+def _reward_curves(rows: Sequence[Mapping[str, float]], config: Config) -> str:
+    """Training means, and evaluations with their intervals: rewards first, then guards, then the axes of each."""
+    names = [reward.name for reward in config.rewards]
+    charts = [_chart(f"{name}, training", [Line(name, *_series(rows, f"reward/{name}/mean"))], explain(f"{name}/mean")) for name in names]
+    metrics = {name for row in rows for name in row}
+    for name in [*names, *(guard.name for guard in config.guards)]:
+        role = "" if name in names else "Watched, not trained on: a fall while the reward rises is reward hacking. "
+        charts.append(_chart(f"{name}, evaluation", [_evaluation_line(rows, name)], f"{role}Held-out prompts, fixed seeds, 95 % interval."))
+        axes = sorted(metric for metric in metrics if metric.startswith(f"eval/{name}/") and not metric.endswith(("_low", "_high")))
+        lines = [Line(axis.removeprefix(f"eval/{name}/"), *_series(rows, axis), points=True) for axis in axes[:6]]
+        charts.append(_chart(f"{name} by part, evaluation", lines, "Means over held-out prompts."))
+    return _grid("Rewards", "", charts)
+
+
+def _evaluation_line(rows: Sequence[Mapping[str, float]], name: str) -> Line:
+    x, y = _series(rows, f"eval/{name}")
+    (x_low, low), (x_high, high) = (_series(rows, f"eval/{name}_{side}") for side in ("low", "high"))
+    band = x == x_low == x_high
+    return Line(name, x, y, low if band else None, high if band else None, points=True)
+
+
+def _diagnostics(rows: Sequence[Mapping[str, float]]) -> str:
+    metrics = sorted({name for row in rows for name in row})
+    sections = []
+    for title, text, prefixes in _SECTIONS:
+        names = [name for name in metrics if name.startswith(prefixes)]
+        sections.append(_grid(title, text, [_chart(name, [Line(name, *_series(rows, name))], explain(name)) for name in names]))
+    return "".join(sections)
+
+
+def _timings(run: Path) -> str:
+    path = run / "timings.jsonl"
+    if not path.is_file():
+        return ""
+    rows = read_metrics(run, path.name)
+    names = sorted({name for row in rows for name in row if name.startswith("time/")})
+    lines = [Line(name.removeprefix("time/"), *_series(rows, name)) for name in names[:6]]
+    return _grid("Time", "", [_chart("seconds per iteration", lines, "Wall clock, by phase.")])
+
+
+def _chart(title: str, lines: Sequence[Line], text: str) -> str:
+    drawing = line_chart(lines)
+    return f"<div class=chart><h3>{escape(title)}</h3><p>{escape(text)}</p>{drawing}</div>" if drawing else ""
+
+
+def _grid(title: str, text: str, charts: Sequence[str]) -> str:
+    drawn = "".join(charts)
+    about = f"<p>{escape(text)}</p>" if text else ""
+    return f"<h2>{escape(title)}</h2>{about}<div class=charts>{drawn}</div>" if drawn else ""
+
+
+def _settings(run: Path) -> str:
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    listed = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in versions().items())
+    return ("<h2>Settings</h2><p>The resolved configuration: <code>visalign train config.yaml</code> runs it again.</p>"
+            f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>"
+            f"<details><summary>versions of the machine that wrote this report</summary><table>{listed}</table></details>")
+
