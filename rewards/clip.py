@@ -32,7 +32,7 @@ class ClipScore:
 
     def __init__(self, model: str = "ViT-L-14", pretrained: str | None = "openai", *,
                  resize_mode: Literal["shortest", "longest", "squash"] | None = None, video_frames: int = 0, batch_size: int = 64,
-                 device: str | torch.device = "cpu", cache_dir: str | None = None, name: str = "clip") -> None:
+                 device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "clip") -> None:
         """
         Args:
             model: an open_clip architecture ("ViT-H-14"), a folder with ``open_clip_config.json`` and weights (its path, or
@@ -43,9 +43,11 @@ class ClipScore:
                 ends of a 16:9 image; "longest" pads with black, "squash" changes the aspect.
             video_frames: 0 refuses video; k scores k evenly spaced frames and takes the mean.
             batch_size: images per forward pass; does not change the scores.
+            device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
         Raises:
             ValueError: no weights were named, or the tokenizer turns different texts into the same tokens.
         """
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if os.path.isdir(model):
             model = f"local-dir:{model}"
         bundled = model.startswith(("local-dir:", "hf-hub:"))
@@ -55,7 +57,7 @@ class ClipScore:
         tag = {} if bundled or pretrained is None else open_clip.get_pretrained_cfg(model, pretrained) or {}
         # A tag trained with QuickGELU loads into a plain GELU architecture with no more than a warning, and scores differ.
         self.model = open_clip.create_model(
-            model, pretrained=None if bundled else pretrained, precision="fp32", device=device, cache_dir=cache_dir,
+            model, pretrained=None if bundled else pretrained, precision="fp32", device=self.device, cache_dir=cache_dir,
             require_pretrained=True, force_quick_gelu=bool(tag.get("quick_gelu", False)),
             force_preprocess_cfg={"resize_mode": resize_mode} if resize_mode else None)
         self.model.requires_grad_(False).eval()
@@ -66,7 +68,6 @@ class ClipScore:
         self.preprocess = image_transform_v2(config, is_train=False)
         # The same steps on tensors, whose padding colour is a fraction of 1 instead of 255.
         self._tensor_steps = image_transform_v2(replace(config, fill_color=config.fill_color / 255), is_train=False).transforms  # type: ignore[arg-type]
-        self.device = torch.device(device)
         self.batch_size = batch_size
         self.video_frames = video_frames
         self._warned = False

@@ -204,8 +204,9 @@ def _rms(x: Tensor) -> float:
 class CircuitBreaker:
     """Stops a run whose rewards fail: masking keeps a failure out of the statistics, it cannot replace the missing signal.
 
-    Trips when, for some reward, more than ``threshold * window`` of its last ``window`` samples were invalid (counted in whole
-    updates), or when one update left it without a single score.
+    Show it required rewards only: an optional one may well not apply to most prompts. It trips when, for some reward, more than
+    ``threshold * window`` of its last ``window`` samples were invalid (counted in whole updates), or when one update left it
+    without a single score.
     """
 
     def __init__(self, threshold: float = 0.05, window: int = 1000) -> None:
@@ -221,7 +222,7 @@ class CircuitBreaker:
         self._updates: dict[str, deque[tuple[int, Counter[str]]]] = {}
 
     def update(self, scores: Mapping[str, Scores]) -> None:
-        """Count one update's scores.
+        """Count one update's scores, those of required rewards over all processes.
 
         Raises:
             RuntimeError: a reward failed too often; says how often and why.
