@@ -41,9 +41,10 @@ def line_chart(lines: Sequence[Line], x_label: str = "iteration") -> str:
         return round(HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM), 1)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(line.name for line in lines))}">']
+    step = y_ticks[1] - y_ticks[0]
     for tick in y_ticks:
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(tick)}" y2="{py(tick)}"/>'
-                     f'<text class="tick" x="{LEFT - 6}" y="{py(tick) + 3.5}" text-anchor="end">{label(tick, y_ticks[1] - y_ticks[0])}</text>')
+                     f'<text class="tick" x="{LEFT - 6}" y="{py(tick) + 3.5}" text-anchor="end">{label(tick, step)}</text>')
     for tick in x_ticks:
         parts.append(f'<text class="tick" x="{px(tick)}" y="{HEIGHT - 9}" text-anchor="middle">{label(tick)}</text>')
     parts.append(f'<text class="tick" x="{WIDTH - RIGHT}" y="{HEIGHT - 9}" text-anchor="end">{escape(x_label)}</text>'
