@@ -37,9 +37,9 @@ def build(config: Config, processes: Processes) -> Parts:
     checkpoint.seed_everything(derive_seed(config.train.seed, 0))
     policy = build_policy(config, processes)
     checkpoint.seed_everything(derive_seed(config.train.seed, 1, processes.rank))
-    return Parts(policy=policy, eval_policy=policy.with_call(**config.model.eval_call) if config.model.eval_call else policy, sampler=sampler,
-                 algorithm=build_algorithm(config), terms=terms, guards=guards, prompts=prompts, eval_prompts=eval_prompts,
-                 save_adapter=policy.save_adapter)
+    eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
+    return Parts(policy=policy, eval_policy=eval_policy, sampler=sampler, algorithm=build_algorithm(config), terms=terms, guards=guards,
+                 prompts=prompts, eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
 
 
 def build_prompts(config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -47,8 +47,8 @@ def build_prompts(config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     prompts = load_prompts(config.data.prompts)
     eval_prompts = prompts if config.data.eval_prompts is None else load_prompts(config.data.eval_prompts)
     if len(eval_prompts) < config.evaluation.num_prompts:
-        raise ValueError(f"evaluation.num_prompts is {config.evaluation.num_prompts}, but there are {len(eval_prompts)} evaluation prompts; "
-                         f"use evaluation.num_prompts={len(eval_prompts)} or give more data.eval_prompts")
+        raise ValueError(f"evaluation.num_prompts is {config.evaluation.num_prompts}, but there are {len(eval_prompts)} evaluation "
+                         f"prompts; use evaluation.num_prompts={len(eval_prompts)} or give more data.eval_prompts")
     return prompts, eval_prompts
 
 

@@ -63,7 +63,8 @@ class EMA:
         """
         if shadow.keys() != self.shadow.keys():
             raise ValueError(f"the saved average has {len(shadow)} tensors, the trained weights {len(self.shadow)}; names that "
-                             f"differ: {sorted(shadow.keys() ^ self.shadow.keys())[:4]}; resume with the trainable settings the run was started with")
+                             f"differ: {sorted(shadow.keys() ^ self.shadow.keys())[:4]}; resume with the trainable settings the run "
+                             "was started with")
         for name, average in self.shadow.items():
             average.copy_(shadow[name])
         self.num_steps = num_steps

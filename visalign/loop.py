@@ -280,6 +280,9 @@ class Loop:
         before, after = (self.run_dir / "evaluations" / f"{label}.json" for label in ("before", "after"))
         if before.exists() and after.exists():
             write_comparison(self.run_dir / "evaluation.json", Evaluation.read(before), Evaluation.read(after))
+        from visalign.report import write_report  # matplotlib is slow to import and only needed here
+
+        write_report(self.run_dir)
 
     def close(self) -> None:
         for tracker in [*self.trackers, *([self.timing_log] if self.timing_log is not None else [])]:

@@ -21,7 +21,7 @@ from visalign.protocols import Policy
 
 logger = logging.getLogger(__name__)
 
-LOGS = ("metrics.jsonl", "timings.jsonl")
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 
 
 @dataclass
@@ -59,7 +59,7 @@ class State:
             state = {"visalign": __version__, "config": config, "optimization": optimization, "rng": [part[1] for part in rng],
                      "ema_steps": None if self.ema is None else self.ema.num_steps,
                      "data": self.data.state_dict(), "breaker": self.breaker.state_dict(),
-                     "log_bytes": {name: (run_dir / name).stat().st_size for name in LOGS if (run_dir / name).exists()}}
+                     "metrics_bytes": (run_dir / METRICS).stat().st_size}
             checkpoint.save(run_dir / "checkpoints", self.iteration, tensors, state, keep=keep, score=score)
         processes.barrier()
 
@@ -95,7 +95,11 @@ class State:
 
 def rewind_logs(run_dir: Path, saved: Checkpoint | None) -> None:
     """Cut the logs back to what they held at the checkpoint, or to nothing without one; on the main process, before they are opened."""
-    sizes = {} if saved is None else saved.state["log_bytes"]
-    for name in LOGS:
-        if name in sizes or (run_dir / name).exists():
-            checkpoint.truncate(run_dir / name, int(sizes.get(name, 0)))
+    metrics, timings = run_dir / METRICS, run_dir / TIMINGS
+    if saved is not None or metrics.exists():
+        checkpoint.truncate(metrics, 0 if saved is None else int(saved.state["metrics_bytes"]))
+    if timings.exists():
+        # By row, not by size: wall-clock digits would make the checkpoints of equal runs differ.
+        rows = timings.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = 0 if saved is None else int(saved.state["iteration"]) + 1  # the row of the first evaluation comes before iteration 0
+        timings.write_text("".join(rows[:kept]), encoding="utf-8")

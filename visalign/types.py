@@ -170,7 +170,8 @@ class Batch:
     Attributes:
         experience: the iteration it belongs to.
         rows: int64 (n,), rows of ``experience.trajectory``.
-        denominator: valid samples of this optimizer step over *all* processes; a loss is a sum divided by it (and by S where summed over steps).
+        denominator: valid samples of this optimizer step over *all* processes; a loss is a sum divided by it (and by S where it
+            sums over steps).
     """
 
     experience: Experience

@@ -1,0 +1,112 @@
+"""A whole run on the Gaussian oracle policy, in milliseconds: imported by tests, and a script for tests that need processes.
+
+    python tests/gaussian_run.py RUN_DIR [--resume] [--kill MOMENT:N] [key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from visalign import checkpoint, loop
+from visalign.algorithms.grpo import GRPO
+from visalign.config import Config, make_config
+from visalign.credit import RewardTerm
+from visalign.distributed import Processes
+from visalign.loop import Parts
+from visalign.maths.oracle import GaussianWorld
+from visalign.maths.schedules import dance_sigmas, flow_schedule
+from visalign.rewards.function import FunctionReward
+from visalign.samplers.dynamics import build_dynamics, build_selection
+from visalign.samplers.oracle_policy import GaussianPolicy
+from visalign.samplers.rollout import TrajectorySampler
+from visalign.settings import apply_overrides
+from visalign.types import Media, Prompt
+
+SETTINGS: dict[str, Any] = {
+    "model": {"path": "none", "device": "cpu"},
+    "data": {"prompts": "none.txt"},
+    "rewards": [{"name": "none"}],
+    "sampler": {"dynamics": {"name": "flow_sde"}, "steps": {"name": "random_window", "size": 2}},
+    "algorithm": {"clip": 0.1, "kl_weight": 0.01},
+    "train": {"iterations": 6, "groups": 2, "group_size": 4, "updates": 2, "microbatch": 2, "learning_rate": 1e-2, "schedule": "cosine",
+              "warmup": 2},
+    "ema": {"decay": 0.9},
+    "evaluation": {"num_prompts": 4, "every": 2},
+    "checkpoint": {"every": 1, "keep": 2},
+}
+PROMPTS = [Prompt(f"prompt {i}", metadata={"offset": 0.02 * i}) for i in range(5)]
+
+
+def config(*overrides: str) -> Config:
+    return make_config(apply_overrides(SETTINGS, overrides))
+
+
+def mean_value(media: Sequence[Media], prompts: Sequence[Prompt]) -> list[float]:
+    return [float(sample.data.mean()) for sample in media]
+
+
+def drawn(media: Sequence[Media], prompts: Sequence[Prompt]) -> list[float]:
+    """A reward that draws from every global generator, so that a resume which forgets one of them gives other numbers."""
+    return [float(sample.data.mean()) + 0.01 * (float(torch.rand(())) + float(np.random.rand()) + random.random()) for sample in media]
+
+
+def parts(settings: Config, reward: Callable[..., Any] = mean_value, num_steps: int = 5, var: float = 0.04, **changes: Any) -> Parts:
+    """Parts on latents of 2 x 3 elements; ``changes`` replace fields."""
+    policy = GaussianPolicy(GaussianWorld(mean=torch.full((2, 3), 0.1), var=var), flow_schedule(dance_sigmas(num_steps, 3.0)))
+    sampler = TrajectorySampler(group_size=settings.train.group_size, seed=settings.train.seed, microbatch=settings.train.microbatch,
+                                dynamics=build_dynamics(settings.sampler.dynamics.name, **settings.sampler.dynamics.params),
+                                steps=build_selection(settings.sampler.steps.name, **settings.sampler.steps.params),
+                                same_initial_noise=settings.sampler.same_initial_noise)
+    algorithm = GRPO(clip=settings.algorithm.clip, surrogate=settings.algorithm.surrogate, kl_weight=settings.algorithm.kl_weight,
+                     iterations=settings.train.iterations, old_log_prob=settings.algorithm.old_log_prob)
+    term = RewardTerm("value", FunctionReward(reward, name="value", modality=["audio"]))
+    values: dict[str, Any] = {"policy": policy, "eval_policy": policy, "sampler": sampler, "algorithm": algorithm, "terms": [term],
+                              "guards": {}, "prompts": PROMPTS, "eval_prompts": PROMPTS, "save_adapter": lambda folder: None}
+    return Parts(**{**values, **changes})
+
+
+def go(run_dir: Path, settings: Config, resume: bool = False, **changes: Any) -> Parts:
+    """Run and return the parts, whose policy is trained."""
+    made = parts(settings, **changes)
+    checkpoint.seed_everything(settings.train.seed)
+    loop.run(made, settings, run_dir, Processes.start("cpu"), resume=resume)
+    return made
+
+
+def kill_at(moment: str, count: int) -> None:
+    """Make this process send itself SIGKILL when ``moment`` comes for the ``count``-th time."""
+    owner, name = {"collect": (loop.Loop, "collect"), "backward": (loop.Loop, "accumulate"), "evaluate": (loop.Loop, "evaluated"),
+                   "logged": (loop.Loop, "save"), "writing": (checkpoint, "_sha256"), "written": (checkpoint, "_sync"),
+                   "pruning": (checkpoint, "_prune")}[moment]
+    original, calls = getattr(owner, name), [0]
+
+    def lethal(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, lethal)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--kill")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.kill:
+        which, number = arguments.kill.split(":")
+        kill_at(which, int(number))
+    go(arguments.run_dir, config(*arguments.overrides), resume=arguments.resume, reward=drawn)
