@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -100,18 +101,18 @@ def table(folder: Path) -> Table:
     rows: Mapping[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     guided = Evaluation.read(folder / "evaluations" / f"{GUIDED}.json").intervals()
     count = max(row["gain"]["count"] for row in rows.values())
-    shown = Table(title=f"before -> after on {count} held-out prompts, 95 % intervals", title_justify="left")
-    for heading in ("", "before", "after", "gain", GUIDED):
-        shown.add_column(heading, justify="right" if heading else "left")
+    shown = Table(title=f"before -> after on {count} held-out prompts, 95 % bootstrap intervals", title_justify="left", box=box.SIMPLE_HEAD,
+                  caption=f"guided: the {GUIDED}, which costs twice the work per step", caption_justify="left")
+    for heading in ("", "before", "after", "gain", "guided"):
+        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, title in ROWS.items():
         if name in rows:
             before, after, gain = (rows[name][side] for side in ("before", "after", "gain"))
             colour = "green" if gain["low"] > 0 else "red" if gain["high"] < 0 else "default"
-            shown.add_row(title, _number(before), _number(after),
-                          f"[{colour}]{gain['mean']:+.3f}[/] [dim]\\[{gain['low']:+.3f}, {gain['high']:+.3f}][/]",
+            shown.add_row(title, _number(before), _number(after), f"[{colour}]{_number(gain, '+')}[/]",
                           f"{guided[name].mean:.3f}" if name in guided else "")
     return shown
 
 
-def _number(side: Mapping[str, float]) -> str:
-    return f"{side['mean']:.3f} [dim]\\[{side['low']:.3f}, {side['high']:.3f}][/]"
+def _number(side: Mapping[str, float], sign: str = "") -> str:
+    return f"{side['mean']:{sign}.3f} [dim]\\[{side['low']:{sign}.2f}, {side['high']:{sign}.2f}][/]"
