@@ -62,11 +62,13 @@ class PipelineCall:
             call["class_labels"] = [int(prompt.text) for prompt in prompts]
         elif self.understands("batch_size"):
             call["batch_size"] = len(seeds)
+        if listed:
+            call = {key: [value] * len(prompts) if "prompt" in key and isinstance(value, str) else value for key, value in call.items()}
         negatives = [prompt.negative for prompt in prompts]
         if any(negative is not None for negative in negatives):
             if not self.understands("negative_prompt"):
                 raise ValueError(f"{self.name} takes no negative_prompt, but a prompt has one ({negatives[0]!r}); remove it from the data")
-            default = call.get("negative_prompt") or ""
+            default = self.fixed.get("negative_prompt") or ""
             filled = [default if negative is None else negative for negative in negatives]
             call["negative_prompt"] = filled if listed else filled[0]
         if any(prompt.images for prompt in prompts):

@@ -108,7 +108,7 @@ def _find_rows(
             if two.steps[0].sample.shape[0] != 2 * runs.zeros.steps[0].sample.shape[0]:
                 raise Unbatchable(f"two samples gave a state {describe(two.steps[0].sample)}")
             return [_batched_site(site, runs, two) for site in sites], True, ""
-        except (Unbatchable, TypeError, ValueError, RuntimeError, AttributeError, IndexError, NotImplementedError) as error:
+        except (Unbatchable, TypeError, ValueError, RuntimeError, AttributeError, IndexError, AssertionError) as error:
             note = f"{type(error).__name__}: {error}".split("\n")[0][:160]
     return sites, False, note
 
@@ -154,6 +154,11 @@ def _plan(runs: ProbeRuns, sites: list[Site], site_of: dict[tuple[int, int], int
         predictions.append([row for j, index in enumerate(indices) for row in output_rows(sites[index], step.calls[j])])
         answers.append(trim(step.model_output, step.sample))
         states.append(step.sample)
+    if not predictions[0]:
+        raise CaptureError(
+            f"step {k}: what {', '.join(sorted({sites[i].module for i in indices}))} returns does not reach scheduler.step by moving "
+            "elements; the pipeline converts its predictions nonlinearly, which visalign cannot replay"
+        )
     return StepPlan(indices, tuple(scales), fit_combination(predictions, answers, states, k))
 
 

@@ -1,11 +1,12 @@
 """The probe runs: a pipeline's own call with a denoiser and a scheduler that answer chosen values.
 
-No network is evaluated: outputs are filled into the structure the real denoiser returned once. In ``zeros`` every state is 0 and every
-output 1; in ``ones`` both are 1; the digit runs code positions (`visalign.samplers.slots.digits`); two runs are random.
+No network is evaluated: outputs are filled into the structure the real denoiser returned once. Digit runs code positions, see
+`visalign.samplers.slots.digits`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from visalign.samplers.observe import CaptureError, Observation, Observer, fill_like
 from visalign.samplers.slots import describe, digits
 
+Fill = Callable[[Tensor], Tensor]
+
 
 @dataclass
 class ProbeRuns:
-    """The probe runs at batch 1. In ``zeros`` every state is 0; in ``ones`` 1; ``state_digits`` code positions; and so for outputs."""
+    """The probe runs at batch 1. In ``zeros`` every state is 0, in ``ones`` 1; the digit runs code positions; two are random."""
 
     zeros: Observation
     ones: Observation
@@ -28,49 +31,88 @@ class ProbeRuns:
 
 
 def probe_runs(observer: Observer, one: dict[str, Any]) -> ProbeRuns:
-    def run(state: Any, output: Any, stop: int | None) -> Observation:
+    """Run the pipeline's call with every pair of chosen states and outputs that the inference needs.
+
+    Raises:
+        CaptureError: the pipeline changes its state between scheduler steps.
+    """
+
+    def run(state: Fill, output: Fill, stop: int | None) -> Observation:
         return observer.run(
             one,
-            answer_state=lambda k, sample, output: state(sample).to(sample.dtype),
-            answer_output=lambda k, call: fill_like(call.output, output),
+            answer_state=lambda k, sample, model_output: state(sample).to(sample.dtype),
+            answer_output=lambda k, call: fill_like(call.output, _by_row(call.output, output)),
             stop_after=stop,
             freeze_encoders=True,
         )
 
-    def constant(value: float) -> Any:
-        return lambda like: torch.full_like(like, value)
-
-    def code(place: int) -> Any:
-        def fill(like: Tensor) -> Tensor:
-            rows = like.flatten(1) if like.ndim > 1 else like[None]
-            coded = digits(rows.shape[1])
-            digit = coded[place] if place < len(coded) else torch.ones(rows.shape[1])
-            return digit.to(like).expand_as(rows).reshape(like.shape)
-
-        return fill
-
-    def whole(place: int) -> Any:
-        return lambda like: digits(like.numel())[place].to(like).reshape(like.shape)
-
-    def noise(seed: int) -> Any:
-        generator = torch.Generator().manual_seed(seed)
-        return lambda like: torch.randn(like.shape, generator=generator).to(like)
-
-    zeros = run(constant(0.0), constant(1.0), None)
+    known: set[str] = set()
+    while True:  # a denoiser that takes over late in the loop is known only after it was called once
+        zeros = run(_constant(0.0), _same_rows(0), None)
+        if known == observer.denoisers:
+            break
+        known = set(observer.denoisers)
     num_steps = len(zeros.steps)
     _check_states(zeros)
     sample = zeros.steps[0].sample
-    outputs = [main_output(call.output) for step in zeros.steps for call in step.calls]
-    longest = max(
-        (len(digits(leaf.numel() if as_list else leaf[0].numel())) for leaf_list, as_list in outputs for leaf in leaf_list[:1]), default=1
-    )
+    row_sizes = [
+        parts[0].numel() if as_list else parts[0][0].numel()
+        for step in zeros.steps
+        for call in step.calls
+        for parts, as_list in [main_output(call.output)]
+        if parts
+    ]
     return ProbeRuns(
         zeros=zeros,
-        ones=run(constant(1.0), constant(1.0), num_steps),
-        state_digits=[run(whole(place), constant(1.0), num_steps) for place in range(len(digits(sample.numel())))],
-        output_digits=[run(constant(0.0), code(place), num_steps) for place in range(longest)],
-        random=[run(noise(seed), noise(seed + 100), num_steps) for seed in (1, 2)],
+        ones=run(_constant(1.0), _same_rows(0), num_steps),
+        state_digits=[run(_state_digit(place), _same_rows(0), num_steps) for place in range(len(digits(sample.numel())))],
+        output_digits=[run(_constant(0.0), _row_digit(place), num_steps) for place in range(len(digits(max(row_sizes, default=1))))],
+        random=[run(_noise(seed), _noise(seed + 100), num_steps) for seed in (1, 2)],
     )
+
+
+def _constant(value: float) -> Fill:
+    return lambda like: torch.full_like(like, value)
+
+
+def _state_digit(place: int) -> Fill:
+    return lambda like: digits(like.numel())[place].to(like).reshape(like.shape)
+
+
+def _noise(seed: int) -> Fill:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda like: torch.randn(like.shape, generator=generator).to(like)
+
+
+def _by_row(output: Any, fill: Fill) -> Fill:
+    """A fill for tensors whose leading axis counts rows, applied to an output whose rows are a list of tensors."""
+    return (lambda like: fill(like[None])[0]) if main_output(output)[1] else fill
+
+
+def _rows(like: Tensor) -> Tensor:
+    """A tensor as (rows, elements); scalars and vectors are one row."""
+    return like.flatten(1) if like.ndim > 1 else like[None]
+
+
+def _same_rows(seed: int) -> Fill:
+    """Noise that is equal in every row: guidance of any kind then returns the row itself, and no norm or deviation is zero."""
+
+    def fill(like: Tensor) -> Tensor:
+        rows = _rows(like)
+        return torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(seed)).to(like).expand_as(rows).reshape(like.shape)
+
+    return fill
+
+
+def _row_digit(place: int) -> Fill:
+    """One digit of the position inside a row, equal in every row."""
+
+    def fill(like: Tensor) -> Tensor:
+        rows = _rows(like)
+        coded = digits(rows.shape[1])
+        return coded[place % len(coded)].to(like).expand_as(rows).reshape(like.shape)
+
+    return fill
 
 
 def main_output(output: Any) -> tuple[list[Tensor], bool]:

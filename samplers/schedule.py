@@ -221,6 +221,8 @@ def _probe(scheduler: Any, timestep: float, amplitude: float = 1e-2) -> _Probe:
         out = fresh.step(model_output=output, timestep=t, sample=state, **more)
         following = out[0] if isinstance(out, tuple) else out.prev_sample
         x0 = None if isinstance(out, tuple) else getattr(out, "pred_original_sample", getattr(out, "denoised", None))
+        if isinstance(out, tuple) and "old_pred_original_sample" in parameters:
+            x0 = out[1]
         if x0 is None and hasattr(fresh, "convert_model_output") and "sample" in inspect.signature(fresh.convert_model_output).parameters:
             converted = copy.deepcopy(fresh)
             converted._step_index = fresh.step_index - 1 if getattr(fresh, "step_index", None) else getattr(fresh, "step_index", None)

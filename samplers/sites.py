@@ -215,17 +215,17 @@ def _find_links(step: ObservedStep, j: int) -> dict[Path, tuple[int, int]]:
 def _find_output(runs: ProbeRuns, k: int, j: int) -> OutputSlot | None:
     """How a row of call (k, j)'s output becomes the prediction; ``None`` if it does not reach the scheduler."""
     step = runs.zeros.steps[k]
-    answer = trim(step.model_output, step.sample).double()
     parts, as_list = main_output(step.calls[j].output)
     if not parts:
         return None
     row_numel = parts[0].numel() if as_list else parts[0][0].numel()
-    scale = answer.flatten()[answer.abs().flatten().argmax()]
-    if scale == 0:
+    answers = [trim(run.steps[k].model_output, step.sample).double() for run in runs.output_digits[: len(digits(row_numel))]]
+    # The smallest digit is 1 and always present, so it shows the scale: the sum of the guidance weights, nearly always 1 or -1.
+    smallest = answers[0].flatten()[answers[0].abs().flatten().argmin()]
+    if smallest == 0 or not torch.isfinite(smallest):
         return None
-    coded = [trim(run.steps[k].model_output, step.sample).double() / scale for run in runs.output_digits]
-    gather = decode_gather(coded[: len(digits(row_numel))], torch.ones_like(answer, dtype=torch.bool), row_numel)
-    if gather is None or answer.numel() > row_numel * max(1, len(parts) if as_list else parts[0].shape[0]):
+    gather = decode_gather([answer / smallest for answer in answers], torch.ones_like(answers[0], dtype=torch.bool), row_numel)
+    if gather is None:
         return None
     return OutputSlot(gather, as_list)
 
