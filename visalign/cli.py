@@ -27,6 +27,8 @@ class TeachingGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # click's own, and subclasses of RuntimeError
+            raise
         except KeyboardInterrupt:
             errors.print("\n[yellow]stopped.[/] A run continues from its last checkpoint with: visalign train --resume RUN")
             raise typer.Exit(130) from None

@@ -1,0 +1,186 @@
+"""The command line as a user meets it: help that teaches, tables, files, and errors without tracebacks."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from visalign.cli import app
+from visalign.commands.pipelines import call_arguments, output_media
+from visalign.commands.plan import memory, read_headers
+from visalign.commands.sample import parse_seeds
+from visalign.config import load_config, recipe_names
+from visalign.media import save_media, save_samples
+from visalign.quickstart import pairwise_difference
+from visalign.types import Media, Prompt
+
+COMMANDS = ("train", "sample", "score", "inspect", "report", "env", "configs", "quickstart")
+
+
+def visalign(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_help_lists_every_command_and_where_to_start() -> None:
+    text = visalign("--help").output
+    assert all(re.search(rf"\b{command}\b", text) for command in COMMANDS)
+    assert "visalign quickstart" in text
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "score", "inspect", "configs", "quickstart"])
+def test_help_of_each_command_has_an_example_that_could_be_typed(command: str) -> None:
+    result = visalign(command, "--help")
+    assert result.exit_code == 0
+    assert f"visalign {command}" in result.output.split("Example")[1]
+
+
+def test_configs_lists_recipes_with_their_verification_and_prints_one() -> None:
+    listed = visalign("configs").output
+    assert all(name in listed for name in recipe_names())
+    assert "verified on" in listed
+    printed = visalign("configs", "sdxl_ddpo")
+    assert "# DDPO on Stable Diffusion XL" in printed.output
+
+
+def test_env_is_ready_to_paste() -> None:
+    text = visalign("env").output
+    assert re.search(rf"^torch +{re.escape(torch.__version__.split('+')[0])}", text, re.M)
+    assert re.search(r"^cpu +\d+ cores", text, re.M)
+
+
+@pytest.mark.parametrize(("words", "status", "needle"), [
+    (("train",), 1, "which configuration?"),
+    (("train", "nope"), 2, "no such recipe"),
+    (("train", "sd35_flow_grpo", "train.group=3", "rewards.0.wight=1"), 2, "did you mean 'weight'"),
+    (("train", "sd35_flow_grpo", "--train.groups=3"), 2, "No such option"),
+    (("train", "--resume", "nowhere"), 1, "no config.yaml"),
+    (("train", "sd35_flow_grpo", "sampler.dynamics={name: flow_sde, nose: 1}", "--plan"), 1, "it takes noise, guard"),
+    (("sample", "nowhere"), 1, "nothing to draw"),
+    (("sample", "./nowhere", "-p", "a cat"), 1, "not a diffusers pipeline"),
+    (("sample", "x", "-p", "a cat", "--seeds", "3-1"), 1, "both ends included"),
+    (("score", "nowhere", "-r", "jpeg_compressibility"), 1, "no such folder"),
+    (("score", "nowhere"), 1, "which rewards?"),
+    (("score", "nowhere", "-r", "{name: clip, parms: 1}"), 2, "did you mean 'params'"),
+    (("inspect", "./nowhere"), 1, "cannot load"),
+    (("report", "nowhere"), 1, "no config.yaml"),
+    (("configs", "quickstar"), 2, "did you mean 'quickstart'"),
+])
+def test_errors_are_one_message_with_a_status_and_no_traceback(words: tuple[str, ...], status: int, needle: str) -> None:
+    result = visalign(*words)
+    assert result.exit_code == status
+    assert needle in one_line(result.output + result.stderr)
+    assert "Traceback" not in result.output + result.stderr
+
+
+def test_both_mistakes_of_a_command_line_are_reported() -> None:
+    text = visalign("train", "sd35_flow_grpo", "train.group=3", "rewards.0.wight=1").stderr
+    assert "train.group: unknown key; did you mean 'groups'?" in text
+    assert "rewards.0.wight: unknown key; did you mean 'weight'?" in text
+
+
+def test_debug_keeps_the_exception() -> None:
+    result = visalign("--debug", "train")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_a_used_folder_is_never_mixed_with_a_new_run(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").write_text("x")
+    result = visalign("train", "sd35_flow_grpo", "--out", tmp_path)
+    assert result.exit_code == 1
+    assert f"--resume {tmp_path}" in one_line(result.stderr)
+
+
+def fake_model(folder: Path) -> Path:
+    """A pipeline folder with headers and configurations only: what a plan may look at."""
+    for name, tensors in {"transformer": {"blocks.0.attn.to_q.weight": (8, 4), "blocks.0.attn.to_out.0.weight": (4, 8),
+                                          "blocks.0.norm.weight": (4,)}, "vae": {"conv.weight": (10,)}}.items():
+        (folder / name).mkdir(parents=True)
+        save_file({key: torch.zeros(shape) for key, shape in tensors.items()}, folder / name / "model.safetensors")
+    (folder / "transformer" / "config.json").write_text(json.dumps(
+        {"num_attention_heads": 2, "attention_head_dim": 3, "num_layers": 5, "patch_size": 2, "sample_size": 16, "in_channels": 16}))
+    (folder / "vae" / "config.json").write_text(json.dumps({"latent_channels": 16, "block_out_channels": [1, 1, 1, 1]}))
+    return folder
+
+
+def test_plan_counts_the_work_and_loads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    text = one_line(visalign("train", "sd35_flow_grpo", f"model.path={fake_model(tmp_path / 'm')}", "--plan").output)
+    assert "samples per iteration │ 1152" in text
+    assert "10, of which 9 stochastic and trained" in text
+    assert "11520 per iteration" in text                       # 1152 samples x 10 steps
+    assert "20736 per iteration, 10368 of them with" in text    # policy and reference, 1152 x 9 each
+    assert "per process" in text
+
+
+def test_planned_memory_follows_headers_and_arithmetic(tmp_path: Path) -> None:
+    folder = fake_model(tmp_path / "m")
+    config = load_config("sd35_flow_grpo", [f"model.path={folder}", "trainable.rank=2", "model.dtype=float32"])
+    assert read_headers(folder / "transformer").num_params == 68
+    rows = dict(memory(config, folder, world=1))
+    assert rows["training state"].startswith("0.0 MiB (4.8e-05M trained")    # (8 + 4) x 2 for each of two layers
+    shape, stored = (16, 64, 64), 1152 * 16 * 64 * 64 * (2 * 9 * 4 + 4 * 10)
+    assert rows["trajectories"] == f"{stored / 2**30:.2f} GiB (1152 samples x 9 steps of {' x '.join(map(str, shape))})"
+
+
+def test_score_writes_a_table_and_a_row_per_sample(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    media = [Media("image", torch.randint(0, 256, (3, 16, 16), generator=generator, dtype=torch.uint8)) for _ in range(4)]
+    save_samples(tmp_path, media, [Prompt("a"), Prompt("a"), Prompt("b"), Prompt("b")], range(4))
+    (tmp_path / "mine.py").write_text("def brightness(media, prompts):\n"
+                                      "    values = [float(one.data.float().mean()) for one in media]\n"
+                                      "    return [None if p.text == 'b' else value for value, p in zip(values, prompts)]\n")
+    result = visalign("score", tmp_path, "-r", "jpeg_compressibility", "-r", f"{tmp_path}/mine.py:brightness")
+    assert result.exit_code == 0, result.output
+    assert "4 samples of 2 prompts" in result.output
+    assert re.search(r"brightness .* 2/4", result.output)
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [row["file"] for row in rows] == ["0000.png", "0001.png", "0002.png", "0003.png"]
+    assert rows[0]["brightness"]["raw"] == pytest.approx(float(media[0].data.float().mean()))
+    assert "invalid" in rows[2]["brightness"]
+
+
+def test_score_matches_files_and_prompts_or_refuses(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_media(Media("image", torch.zeros(3, 8, 8, dtype=torch.uint8)), tmp_path / name)
+    (tmp_path / "three.txt").write_text("1\n2\n3\n")
+    result = visalign("score", tmp_path, "-r", "jpeg_compressibility", "--prompts", tmp_path / "three.txt")
+    assert result.exit_code == 1
+    assert "2 files" in result.stderr
+    (tmp_path / "a.txt").write_text("a caption")
+    assert "have no caption" in visalign("score", tmp_path, "-r", "jpeg_compressibility").stderr
+
+
+def test_seeds_and_call_arguments() -> None:
+    assert parse_seeds("0-3") == [0, 1, 2, 3]
+    assert parse_seeds("7,1-2") == [7, 1, 2]
+    assert call_arguments(["guidance_scale=3e0", "negative_prompt=blurry", "output_size=[1, 2]"]) == {
+        "guidance_scale": 3.0, "negative_prompt": "blurry", "output_size": [1, 2]}
+    with pytest.raises(ValueError, match="flat"):
+        call_arguments(["a.b=1"])
+
+
+def test_pipeline_outputs_become_media() -> None:
+    class Output:
+        pass
+
+    video, audio = Output(), Output()
+    video.frames = [[torch.full((4, 6, 3), 0.5).numpy()] * 5]  # type: ignore[attr-defined]
+    audio.audios = [torch.linspace(-1, 1, 10).repeat(2, 1)]    # type: ignore[attr-defined]
+    assert output_media(video, rate=8).data.shape == (5, 3, 4, 6)
+    assert int(output_media(video, rate=8).data.max()) == 128
+    assert output_media(audio, rate=16000).data.shape == (2, 10)
+    with pytest.raises(ValueError, match="without images, frames or audios"):
+        output_media(Output())
+
+
+def test_diversity_is_0_for_equal_pictures_and_1_for_opposite_ones() -> None:
+    pictures = [Media("image", torch.full((3, 4, 4), value, dtype=torch.uint8)) for value in (0, 255, 7, 7)]
+    assert pairwise_difference(pictures, 2).tolist() == [1.0, 0.0]
