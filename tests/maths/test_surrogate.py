@@ -108,9 +108,15 @@ def test_dppo_never_clips_the_ratio():
     assert gradient(lambda lp: dppo(lp, tensor(0.0), tensor(0.0), tensor(1.0)), 3.0)[0] == pytest.approx(-3.0)
 
 
-def test_old_log_probs_carry_no_gradient():
+@pytest.mark.parametrize("function", [
+    lambda lp, old, a: clipped(lp, old, a, 1.0, 1.0),
+    lambda lp, old, a: guard(lp, old, torch.zeros_like(lp), 0.3, a, 1.0, 1.0),
+    lambda lp, old, a: dppo(lp, old, torch.zeros_like(lp), a),
+])
+def test_old_log_probs_carry_no_gradient(function):
     lp, old = tensor(0.1).requires_grad_(), tensor(0.0).requires_grad_()
-    clipped(lp, old, tensor(1.0), 1.0, 1.0).loss.sum().backward()
+    function(lp, old, tensor(1.0)).loss.sum().backward()
+    assert lp.grad is not None
     assert old.grad is None
 
 

@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
 # Above the rounding of float32 rewards (6e-8), far below any difference a reward means.
 _NO_SPREAD = 1e-6
 
