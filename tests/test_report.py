@@ -25,7 +25,7 @@ NUM_PROMPTS = 6
 def make_run(folder: Path, finished: bool = True) -> Path:
     """A run folder as the loop leaves it, with invented numbers: rewards rise, the guard falls."""
     config = make_config({
-        "model": {"path": "playground:pipeline"}, "data": {"prompts": "playground:train"}, "train": {"iterations": 20},
+        "model": {"path": "org/model"}, "data": {"prompts": "playground:train"}, "train": {"iterations": 20},
         "rewards": [{"name": "captions"}], "guards": [{"name": "jpeg"}], "recipe": {"description": "a run with <b>markup</b> & more"}})
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -162,3 +162,15 @@ def test_metrics_are_explained() -> None:
     assert "rounding" in explain("policy/ratio_deviation_first")
     assert explain("reward/anything/mean")
     assert explain("unheard/of") == ""
+
+
+def test_a_model_card_stands_beside_the_adapter_with_the_measured_numbers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "adapter").mkdir()
+    write_report(run)
+    card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+    gain = json.loads((run / "evaluation.json").read_text())["captions"]["gain"]
+    assert card.startswith("---\nbase_model: org/model\n")
+    assert "pipe.load_lora_weights(" in card
+    assert f"{gain['mean']:+.3g} [{gain['low']:+.3g}, {gain['high']:+.3g}]" in card
+    assert (run / "adapter" / "config.yaml").read_text() == (run / "config.yaml").read_text()

@@ -120,15 +120,12 @@ class RewardConfig(Section):
         weight: in the combination (``algorithm.advantage.level`` says of what); negative to punish.
         params: the reward's own arguments; ``playground:clip`` may stand for a path, see :func:`resolve_path`.
         required: a sample this reward cannot score is left out of the update; if false, the other rewards decide alone.
-        shift, scale: frozen standardisation ``(value - shift) / scale`` before weighting; matters at level ``reward`` alone.
     """
 
     name: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
     required: bool = True
-    shift: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    scale: PositiveFloat = 1.0
 
     @field_validator("weight")
     @classmethod

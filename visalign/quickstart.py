@@ -19,6 +19,7 @@ from torch import Tensor
 
 from visalign import loop
 from visalign.build import build
+from visalign.commands import quiet_libraries
 from visalign.commands.train import default_folder, refuse_used_folder
 from visalign.config import Config, load_config, resolve_path
 from visalign.distributed import Processes
@@ -44,6 +45,7 @@ def run(overrides: Sequence[str], *, seed: int, out: Path | None) -> Path:
     config = load_config("quickstart", [f"train.seed={seed}", *overrides])
     folder = out or default_folder("quickstart")
     refuse_used_folder(folder)
+    quiet_libraries()
     console = Console()
     console.print(f"aligning the embedded pipeline with its exact verifier; run folder: {folder}", highlight=False)
     processes = Processes.start(config.model.device)

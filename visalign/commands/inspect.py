@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from visalign.commands import quiet_libraries
 from visalign.commands.pipelines import call_arguments, choose_device, torch_dtype
 from visalign.config import resolve_path
 from visalign.samplers.policy import PipelinePolicy
@@ -12,6 +13,7 @@ from visalign.samplers.policy import PipelinePolicy
 
 def run(model: str, call: list[str], *, dtype: str, device: str) -> None:
     """Print the table; a pipeline that cannot be captured, or that replays differently, is an error."""
+    quiet_libraries()
     policy = PipelinePolicy.from_pretrained(str(resolve_path(model)), dtype=torch_dtype(dtype), device=choose_device(device),
                                             **call_arguments(call))
     found = policy.verify()

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from visalign.commands import quiet_libraries
 from visalign.commands.pipelines import call_arguments, call_pipeline, load_pipeline
 from visalign.config import load_config
 from visalign.data import load_prompts
@@ -30,6 +31,7 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
         arguments = {**config.model.call, **config.model.eval_call}
         adapter = adapter or Path(model) / "adapter"
         model, dtype = config.model.path, dtype or config.model.dtype
+    quiet_libraries()
     pipeline = load_pipeline(model, dtype or "float32", device, adapter)
     arguments |= call_arguments(call)
     console = Console(stderr=True)

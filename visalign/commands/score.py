@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from visalign.build import load, unique_names
+from visalign.commands import quiet_libraries
 from visalign.config import GuardConfig, RewardConfig, load_config
 from visalign.data import load_prompts
 from visalign.evaluation import bootstrap_mean
@@ -27,6 +28,7 @@ def run(folder: Path, rewards: list[str], *, config: str | None, source: str | N
         wanted += [*loaded.rewards, *loaded.guards]
     if not wanted:
         raise ValueError("which rewards? -r clip, -r '{name: clip, params: {model: ...}}', -r my_file.py:function, or --config CONFIG")
+    quiet_libraries()
     samples = find_samples(folder, source)
     loaded_rewards = {name: load(entry) for name, entry in unique_names(wanted).items()}
     media = [load_media(sample.file) for sample in samples]

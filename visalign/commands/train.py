@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from visalign.commands import quiet_libraries
 from visalign.config import Config, load_config
 
 RUNS = Path("runs")
@@ -40,6 +41,7 @@ def train(config: Config, folder: Path, *, resume: bool) -> None:
     from visalign.loop import train as loop
     from visalign.progress import Bars
 
+    quiet_libraries()
     console = Console(stderr=True)
     console.print(f"run folder: {folder}", highlight=False)
     loop(config, folder, resume=resume, callback=Bars(console))

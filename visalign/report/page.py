@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from importlib import resources
 from pathlib import Path
 
 from visalign.config import Config, load_config
+from visalign.report.card import write_card
 from visalign.report.charts import Line, label, line_chart
 from visalign.report.glossary import explain
+from visalign.report.numbers import Compared, read_comparison, read_references
 from visalign.report.pictures import figure, latest_label, pairs
 from visalign.tracking import read_metrics
 from visalign.versions import versions
@@ -25,7 +25,9 @@ _SECTIONS = (
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write ``report.html`` into a run's folder and return its path; whatever the run has not produced yet is left out.
+    """Write ``report.html`` into a run's folder, and a model card beside its adapter; returns the report's path.
+
+    Whatever the run has not produced yet is left out.
 
     Raises:
         ValueError: the folder is not a run's.
@@ -34,7 +36,7 @@ def write_report(run_dir: Path | str) -> Path:
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} has no config.yaml: is it the folder of a run?")
     config, rows = load_config(run / "config.yaml"), read_metrics(run)
-    compared, references = _comparison(run), _references(run)
+    compared, references = read_comparison(run), read_references(run)
     done = 1 + max((int(row["iteration"]) for row in rows), default=-1)
     body = [
         f"<h1>{escape(config.recipe.description or run.resolve().name)}</h1>",
@@ -49,39 +51,9 @@ def write_report(run_dir: Path | str) -> Path:
             f"<title>{escape(run.resolve().name)}</title><style>{css}</style></head><body>{''.join(body)}</body></html>\n")
     path = run / REPORT
     path.write_text(page, encoding="utf-8")
+    if (run / "adapter").is_dir():
+        write_card(run, config, compared, references)
     return path
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One metric of ``evaluation.json``: mean, low and high before, after, and of the paired gain."""
-
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    gain: Mapping[str, float]
-
-    @property
-    def verdict(self) -> str:
-        """``up`` or ``down`` when the interval of the gain excludes 0."""
-        return "up" if self.gain["low"] > 0 else "down" if self.gain["high"] < 0 else ""
-
-
-def _comparison(run: Path) -> dict[str, Compared]:
-    path = run / "evaluation.json"
-    if not path.is_file():
-        return {}
-    return {name: Compared(**row) for name, row in json.loads(path.read_text(encoding="utf-8")).items()}
-
-
-def _references(run: Path) -> dict[str, dict[str, float]]:
-    """Means of further evaluations left beside before and after (the base with guidance, say), by their label."""
-    found = {}
-    for path in sorted((run / "evaluations").glob("*.json")):
-        if path.stem not in ("before", "after") and not path.stem.startswith("iteration-"):
-            values = json.loads(path.read_text(encoding="utf-8"))["values"]
-            known = {name: [v for v in column if v is not None] for name, column in values.items()}
-            found[path.stem] = {name: sum(column) / len(column) for name, column in known.items() if column}
-    return found
 
 
 def _tiles(compared: Mapping[str, Compared], config: Config) -> str:
