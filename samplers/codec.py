@@ -169,7 +169,7 @@ class Codec:
     def from_vae(self, z: Tensor) -> Tensor:
         """The VAE's own latents (B, ...) as loop latents (B, *latent_shape)."""
         index, scale, offset, _ = self.vae_map()
-        flat = (z.flatten(1).float() - offset.flatten().to(z.device)) / scale.flatten().to(z.device)
+        flat = (z.flatten(1).float() - offset.float().flatten().to(z.device)) / scale.float().flatten().to(z.device)
         out = torch.empty_like(flat)
         out[:, index.flatten().to(z.device)] = flat
         return out.reshape(z.shape[0], *self.capture.latent_shape)
@@ -178,7 +178,7 @@ class Codec:
         """Loop latents (B, *latent_shape) as the input of ``vae.decode``, as the pipeline makes it."""
         index, scale, offset, shape = self.vae_map()
         flat = latents.flatten(1)[:, index.flatten().to(latents.device)]
-        return (flat * scale.flatten().to(latents.device) + offset.flatten().to(latents.device)).reshape(latents.shape[0], *shape)
+        return (flat * scale.flatten().to(flat) + offset.flatten().to(flat)).reshape(latents.shape[0], *shape)
 
     def vae_map(self) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
         """(index, scale, offset, shape) with ``vae_input = scale * latents[index] + offset``, found by probing; computed once."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visalign.maths.process import to_prediction
+from visalign.samplers.adapter_card import write_card
 from visalign.samplers.calls import PipelineCall
 from visalign.samplers.capture import Capture, capture
 from visalign.samplers.codec import Codec
@@ -282,8 +283,10 @@ class PipelinePolicy:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def save_adapter(self, folder: FilePath) -> None:
-        """Write what was trained in the form plain diffusers loads (``pipe.load_lora_weights(folder)``)."""
-        self.roles.save(self.pipe, folder)
+        """Write what was trained in the form plain diffusers loads (``pipe.load_lora_weights(folder)``), with a model card."""
+        loads = self.roles.save(self.pipe, folder)
+        base = getattr(self.pipe, "_name_or_path", None) or self.pipe.config.get("_name_or_path") or "the base pipeline"
+        write_card(folder, base=str(base), pipeline=self.call.name, call=self.call.fixed, loads=loads, mode=str(self.roles.mode))
 
 
 def _shape(row: Any) -> Any:

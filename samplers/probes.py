@@ -53,7 +53,8 @@ def probe_runs(observer: Observer, one: dict[str, Any]) -> ProbeRuns:
             break
         known = set(observer.denoisers)
     num_steps = len(zeros.steps)
-    _check_states(zeros)
+    random = [run(_noise(seed), _noise(seed + 100), num_steps) for seed in (1, 2)]
+    _check_states(random[0])
     sample = zeros.steps[0].sample
     row_sizes = [
         parts[0].numel() if as_list else parts[0][0].numel()
@@ -67,7 +68,7 @@ def probe_runs(observer: Observer, one: dict[str, Any]) -> ProbeRuns:
         ones=run(_constant(1.0), _same_rows(0), num_steps),
         state_digits=[run(_state_digit(place), _same_rows(0), num_steps) for place in range(len(digits(sample.numel())))],
         output_digits=[run(_constant(0.0), _row_digit(place), num_steps) for place in range(len(digits(max(row_sizes, default=1))))],
-        random=[run(_noise(seed), _noise(seed + 100), num_steps) for seed in (1, 2)],
+        random=random,
     )
 
 

@@ -6,14 +6,16 @@ of the trained tensors. A snapshot is a copy of the trained tensors; using one s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from visalign.types import Role
@@ -52,7 +54,11 @@ class Roles:
         for name, module in self.modules.items():
             targets = self._targets(name, module, target_modules)
             config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, init_lora_weights=init)  # type: ignore[arg-type]
-            module.add_adapter(config)  # type: ignore[operator]
+            if hasattr(module, "add_adapter"):
+                module.add_adapter(config)  # type: ignore[operator]
+            else:
+                inject_adapter_in_model(config, module)
+                module.peft_config = {"default": config}  # type: ignore[assignment]
             for key, parameter in module.named_parameters():
                 parameter.requires_grad_("lora_" in key)
                 if parameter.requires_grad:
@@ -139,19 +145,31 @@ class Roles:
             for layer, flag in zip(layers, before, strict=True):
                 layer._disable_adapters = flag
 
-    def save(self, pipe: Any, folder: Path) -> None:
-        """Write what was trained where plain diffusers reads it: LoRA through ``pipe.save_lora_weights``, else whole modules."""
+    def save(self, pipe: Any, folder: Path) -> dict[str, str]:
+        """Write what was trained in the form its own library loads; returns the line that loads each component.
+
+        LoRA goes through ``pipe.save_lora_weights`` for the components it knows; the others (a second transformer, a pipeline without
+        LoRA loading) become peft folders. Full fine-tuning writes whole modules.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         if self.mode == "full":
             for name, module in self.modules.items():
                 module.save_pretrained(folder / name)  # type: ignore[operator]
-            return
-        layers = {f"{name}_lora_layers": get_peft_model_state_dict(module) for name, module in self.modules.items()}
-        if hasattr(pipe, "save_lora_weights"):
-            pipe.save_lora_weights(folder, **layers)
-        else:
-            for name, module in self.modules.items():
-                module.save_lora_adapter(folder / name)  # type: ignore[operator]
+            return {name: f"pipe.{name} = type(pipe.{name}).from_pretrained(ADAPTER, subfolder={name!r})" for name in self.modules}
+        known = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
+        through_pipe = {f"{name}_lora_layers": _portable(module) for name, module in self.modules.items() if f"{name}_lora_layers" in known}
+        if through_pipe:
+            pipe.save_lora_weights(folder, **through_pipe)
+        loads = {name: "pipe.load_lora_weights(ADAPTER)" for name in self.modules if f"{name}_lora_layers" in through_pipe}
+        for name, module in self.modules.items():
+            if name not in loads:
+                config = module.peft_config["default"]  # type: ignore[index,union-attr]
+                (folder / name).mkdir(exist_ok=True)
+                replace(config, lora_alpha=config.r).save_pretrained(folder / name)  # type: ignore[union-attr,type-var]
+                tensors = {f"base_model.model.{key}": value.contiguous() for key, value in _portable(module).items()}
+                save_file(tensors, folder / name / "adapter_model.safetensors")
+                loads[name] = f"pipe.{name} = peft.PeftModel.from_pretrained(pipe.{name}, ADAPTER + '/{name}')"
+        return loads
 
     def _choose(self, mode: str) -> None:
         if self.mode is not None:
@@ -173,5 +191,9 @@ class Roles:
         return chosen
 
 
-def parameter_device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+def _portable(module: nn.Module) -> dict[str, Tensor]:
+    """Adapter tensors for loaders that assume ``alpha == rank``, as all do that read no metadata: B carries the scale."""
+    config = module.peft_config["default"]  # type: ignore[index,union-attr]
+    scale = config.lora_alpha / config.r  # type: ignore[union-attr]
+    state = get_peft_model_state_dict(module, adapter_name="default")
+    return {key: value.detach() * scale if "lora_B" in key else value.detach() for key, value in state.items()}
