@@ -117,7 +117,9 @@ class GRPO:
         prediction = microbatch.predict(policy)
         log_prob = microbatch.log_prob(prediction) / trajectory.num_dims
         log_prob_old = (trajectory.log_prob[rows, entry] / trajectory.num_dims).to(log_prob)
-        advantage, valid = experience.advantage[rows, entry].to(log_prob), experience.valid[rows].to(log_prob.device)
+        valid = experience.valid[rows].to(log_prob.device)
+        # where(), here and below, not a product with the mask: 0 * NaN is NaN, in the gradient too.
+        advantage = torch.where(valid, experience.advantage[rows, entry].to(log_prob), 0.0)
         log_ratio = (log_prob - log_prob_old).detach()
         recorded = {"ratio": log_ratio.exp(), "approx_kl": log_ratio.expm1() - log_ratio}
         maxima = {"policy/ratio_deviation": log_ratio.expm1().abs().max()}
@@ -146,7 +148,6 @@ class GRPO:
         recorded |= {"loss": loss, "clip_fraction": terms.clipped.float()}
         sums = torch.stack([values.detach()[valid].double().sum() for values in recorded.values()]).tolist()
         worst = torch.stack([value.detach().double() for value in maxima.values()]).tolist()
-        # where(), not a product with the mask: 0 * NaN is NaN.
         total = torch.where(valid, loss, 0.0).sum() / (microbatch.batch.denominator * len(trajectory.transitions))
         metrics = {f"grpo/{name}": (value, float(valid.sum())) for name, value in zip(recorded, sums, strict=True)}
         return LossTerms(loss=total, metrics=metrics, maxima=dict(zip(maxima, worst, strict=True)))
