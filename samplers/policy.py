@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from visalign.maths.process import to_prediction
-from visalign.samplers.adapter_card import write_card
 from visalign.samplers.calls import PipelineCall
 from visalign.samplers.capture import Capture, capture
 from visalign.samplers.codec import Codec
@@ -283,10 +283,9 @@ class PipelinePolicy:
             module.enable_gradient_checkpointing()  # type: ignore[operator]
 
     def save_adapter(self, folder: FilePath) -> None:
-        """Write what was trained in the form plain diffusers loads (``pipe.load_lora_weights(folder)``), with a model card."""
+        """Write what was trained in the form plain diffusers loads; ``loading.json`` holds the line that loads each component."""
         loads = self.roles.save(self.pipe, folder)
-        base = getattr(self.pipe, "_name_or_path", None) or self.pipe.config.get("_name_or_path") or "the base pipeline"
-        write_card(folder, base=str(base), pipeline=self.call.name, call=self.call.fixed, loads=loads, mode=str(self.roles.mode))
+        folder.joinpath("loading.json").write_text(json.dumps(loads, indent=2), encoding="utf-8")
 
 
 def _shape(row: Any) -> Any:

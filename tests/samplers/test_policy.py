@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from scripts.tiny_families import by_name
 
+from scripts.tiny_families import by_name
 from visalign.samplers.codec import Codec
 from visalign.samplers.observe import CaptureError
 from visalign.samplers.policy import PipelinePolicy

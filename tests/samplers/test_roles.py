@@ -126,7 +126,7 @@ def test_components_without_a_lora_loader_are_saved_as_peft_folders(tmp_path):
     peft.PeftModel.from_pretrained(plain.transformer, tmp_path / "transformer")
     loaded = PipelinePolicy.from_pipeline(plain, **family.call)
     assert torch.allclose(outputs(loaded), outputs(policy), rtol=1e-5, atol=1e-6)
-    assert "peft.PeftModel" in (tmp_path / "README.md").read_text()
+    assert "peft.PeftModel.from_pretrained(pipe.transformer" in (tmp_path / "loading.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["Stable Diffusion 3", "Stable Diffusion XL", "Wan 2.1"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ def write_card(run: Path, config: Config, compared: Mapping[str, Compared], refe
         f"{config.algorithm.name}, {train.iterations} iterations of {train.groups} prompts x {train.group_size} samples, "
         f"seed {train.seed}. "
         f"Trained on: {trained}. Prompts: `{config.data.prompts}`.", "",
-        *_loading(config, call), "## Measured", "", *_table(compared, references),
+        *_loading(run, config, call), "## Measured", "", *_table(compared, references),
         "## Limits", "",
         "These weights favour what the rewards above measure, and may have lost what they do not: compare pictures and the guard metrics "
         "before you use them. The licence of the base model and of the reward models applies.", "",
@@ -36,12 +37,16 @@ def write_card(run: Path, config: Config, compared: Mapping[str, Compared], refe
     return path
 
 
-def _loading(config: Config, call: str) -> list[str]:
-    if config.trainable.mode != "lora":
+def _loading(run: Path, config: Config, call: str) -> list[str]:
+    """The lines that load the adapter without visalign, as the policy that saved it wrote them."""
+    path = run / "adapter" / "loading.json"
+    if not path.exists():
         return []
-    return ["## Use", "", "```python", "from diffusers import DiffusionPipeline", "",
-            f'pipe = DiffusionPipeline.from_pretrained("{resolve_path(config.model.path)}")',
-            'pipe.load_lora_weights("path/to/this/folder")', f'image = pipe("a prompt", {call}).images[0]', "```", ""]
+    loads = list(dict.fromkeys(json.loads(path.read_text(encoding="utf-8")).values()))
+    imports = ["import peft"] if any("peft." in line for line in loads) else []
+    return ["## Use", "", "```python", *imports, "from diffusers import DiffusionPipeline", "", 'ADAPTER = "path/to/this/folder"',
+            f'pipe = DiffusionPipeline.from_pretrained("{resolve_path(config.model.path)}")', *loads,
+            f'image = pipe("a prompt", {call}).images[0]', "```", ""]
 
 
 def _table(compared: Mapping[str, Compared], references: Mapping[str, Mapping[str, float]]) -> list[str]:
