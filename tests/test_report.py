@@ -167,6 +167,7 @@ def test_metrics_are_explained() -> None:
 def test_a_model_card_stands_beside_the_adapter_with_the_measured_numbers(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "adapter").mkdir()
+    (run / "adapter" / "loading.json").write_text('{"transformer": "pipe.load_lora_weights(ADAPTER)"}')
     write_report(run)
     card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
     gain = json.loads((run / "evaluation.json").read_text())["captions"]["gain"]
