@@ -50,9 +50,9 @@ def check_first_update(maxima: Mapping[str, float], *, iteration: int, dtype: st
     allowed = ratio_tolerance(dtype, num_dims)
     if gap > OUTPUT_TOLERANCE[dtype]:
         raise InvariantError(f"iteration {iteration}: before any update the model's outputs differ by {gap:.2e} (relative) between "
-                             f"sampling and training, rounding in {dtype} explains {OUTPUT_TOLERANCE[dtype]:.0e}. Something differs "
-                             "between the two passes: dropout (a layer in training mode), other prompt embeddings, an adapter that is off, a "
-                             "stateful module")
+                             f"sampling and training, rounding in {dtype} explains {OUTPUT_TOLERANCE[dtype]:.0e}. Something "
+                             "differs between the two passes: dropout (a layer in training mode), other prompt embeddings, an "
+                             "adapter that is off, a stateful module")
     if ratio > allowed:
         raise InvariantError(f"iteration {iteration}: before any update the probability ratio differs from 1 by {ratio:.2e}, rounding in "
                              f"{dtype} explains {allowed:.2e}. The old log-probabilities belong to other numbers than the update sees; "

@@ -93,9 +93,9 @@ class Optimization:
         if self.consecutive > self.settings.max_skipped:
             scale = f"; the loss scale is down to {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
             raise TrainingStoppedError(
-                f"{self.consecutive} optimizer steps in a row had a non-finite loss ({loss:g}) or gradient norm ({norm:g}){scale}; the "
-                "weights are those of the last good step. Lower train.learning_rate, use train.precision=bfloat16 or float32, and look at the "
-                "metrics before this iteration; then resume from the last checkpoint")
+                f"{self.consecutive} optimizer steps in a row had a non-finite loss ({loss:g}) or gradient norm ({norm:g}){scale}; "
+                "the weights are those of the last good step. Lower train.learning_rate, use train.precision=bfloat16 or float32, and "
+                "look at the metrics before this iteration; then resume from the last checkpoint")
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything a bit-exact continuation needs besides the weights, as tensors and JSON."""
