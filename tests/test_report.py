@@ -111,8 +111,15 @@ def test_report_numbers_come_from_the_evaluation(tmp_path: Path) -> None:
     gain = json.loads((run / "evaluation.json").read_text())["captions"]["gain"]
     assert f"{gain['mean']:+.3g}" in text
     assert f"[{gain['low']:+.3g}, {gain['high']:+.3g}]" in text
-    assert 'class=up>+' in text
+    assert "class=sure>+" in text
     assert "guard, not trained on" in text
+
+
+def test_numbers_that_do_not_move_share_a_table_instead_of_flat_charts(tmp_path: Path) -> None:
+    text = write_report(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    assert "<h3>policy/ratio_deviation</h3>" in text
+    assert "<h3>credit/zero_spread_fraction</h3>" not in text
+    assert "<tr><td>credit/zero_spread_fraction</td><td>0.1</td>" in text
 
 
 def test_further_evaluations_stand_beside_as_references(tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from visalign.config import DatasetConfig
 from visalign.settings import did_you_mean
 from visalign.types import Prompt
 
+# Drawn in the proportions the embedded models were trained with; the whole grammar is nearly all pairs of shapes.
+NUM_PLAYGROUND_PROMPTS = 2048
 _MAX_SHOWN = 20
 _KEYS = ("prompt", "text", "negative_prompt", "images", "metadata")
 
@@ -128,9 +130,9 @@ def _from_playground(name: str) -> list[Prompt]:
 
     match name.removeprefix("playground:"):
         case "train":
-            return list(playground.train_prompts())
+            return [Prompt(text) for text in playground.train_prompts(NUM_PLAYGROUND_PROMPTS)]
         case "heldout":
-            return list(playground.heldout_prompts())
+            return [Prompt(text) for text in playground.heldout_prompts()]
         case other:
             raise ValueError(f"prompts '{name}': the playground has no set '{other}', it has train and heldout")
 

@@ -53,11 +53,32 @@ def load_pipeline(model: str, dtype: str, device: str, adapter: Path | None = No
         raise ValueError(f"'{model}' is not a diffusers pipeline: no model_index.json in {Path(path).resolve()}")
     pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=torch_dtype(dtype))
     if adapter is not None:
-        if not any(adapter.glob("*.safetensors")):
-            raise ValueError(f"adapter '{adapter}': no safetensors file in this folder; a finished run's is RUN/adapter")
-        pipeline.load_lora_weights(str(adapter))
+        load_adapter(pipeline, adapter)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(choose_device(device))
+
+
+def load_adapter(pipeline: Any, adapter: Path) -> None:
+    """What a run trained, into its pipeline: LoRA through the pipeline or peft, or whole components.
+
+    Raises:
+        ValueError: the folder holds nothing that fits.
+    """
+    found = False
+    if (adapter / "pytorch_lora_weights.safetensors").is_file():
+        pipeline.load_lora_weights(str(adapter))
+        found = True
+    for name, module in pipeline.components.items():
+        if (adapter / name / "adapter_config.json").is_file():
+            from peft import PeftModel
+
+            setattr(pipeline, name, PeftModel.from_pretrained(module, str(adapter / name)))
+            found = True
+        elif (adapter / name / "config.json").is_file():
+            setattr(pipeline, name, type(module).from_pretrained(adapter / name, torch_dtype=module.dtype))
+            found = True
+    if not found:
+        raise ValueError(f"adapter '{adapter}': nothing in this folder fits the pipeline; a finished run's is RUN/adapter")
 
 
 def call_pipeline(pipeline: Any, prompt: Prompt, seed: int, call: Mapping[str, Any]) -> Media:

@@ -103,7 +103,7 @@ def write_scores(path: Path, samples: Sequence[Sample], scores: dict[str, Scores
 def table(scores: dict[str, Scores], num_prompts: int) -> Table:
     """Mean with its 95 % bootstrap interval, range and validity per reward, and the mean of each detail."""
     count = len(next(iter(scores.values())).valid)
-    shown = Table(title=f"{count} samples of {num_prompts} prompts", title_justify="left")
+    shown = Table(title=f"{count} samples of {num_prompts} prompt{'s' if num_prompts > 1 else ''}", title_justify="left")
     for heading in ("reward", "mean", "95 % interval", "min", "max", "valid"):
         shown.add_column(heading, justify="left" if heading == "reward" else "right")
     for name, answer in scores.items():

@@ -17,9 +17,9 @@ class Compared:
     gain: Mapping[str, float]
 
     @property
-    def verdict(self) -> str:
-        """``up`` or ``down`` when the interval of the gain excludes 0."""
-        return "up" if self.gain["low"] > 0 else "down" if self.gain["high"] < 0 else ""
+    def sure(self) -> bool:
+        """Whether the interval of the gain excludes 0."""
+        return self.gain["low"] > 0 or self.gain["high"] < 0
 
 
 def read_comparison(run: Path) -> dict[str, Compared]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -43,8 +44,8 @@ def write_report(run_dir: Path | str) -> Path:
         f'<div class=meta>{escape(config.model.path)} &middot; {escape(config.algorithm.name)} &middot; '
         f"{done} of {config.train.iterations} iterations, {done * config.train.groups * config.train.group_size} samples &middot; "
         f"seed {config.train.seed}</div>",
-        _tiles(compared, config), _table(compared, references, config), _pictures(run), _reward_curves(rows, config), _diagnostics(rows),
-        _timings(run), _settings(run),
+        _tiles(compared, config), _table(compared, references, config), _pictures(run, config), _reward_curves(rows, config),
+        _diagnostics(rows), _timings(run), _settings(run),
     ]
     css = (resources.files("visalign.report") / "style.css").read_text(encoding="utf-8")
     page = ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
@@ -69,7 +70,8 @@ def _tiles(compared: Mapping[str, Compared], config: Config) -> str:
 
 
 def _gain(row: Compared) -> str:
-    return f"<span class={row.verdict or 'none'}>{row.gain['mean']:+.3g}</span> <span class=interval>{_interval(row.gain, '+')}</span>"
+    sure = "sure" if row.sure else "unsure"
+    return f"<span class={sure}>{row.gain['mean']:+.3g}</span> <span class=interval>{_interval(row.gain, '+')}</span>"
 
 
 def _interval(row: Mapping[str, float], sign: str = "") -> str:
@@ -90,19 +92,19 @@ def _table(compared: Mapping[str, Compared], references: Mapping[str, Mapping[st
     count = int(next(iter(compared.values())).gain["count"])
     return ("<h2>What changed</h2><p>Evaluation prompts with fixed seeds and the deterministic sampler, before and after training. "
             f"Brackets: 95 % bootstrap intervals over up to {count} prompts; the gain is taken prompt by prompt. "
-            "Green and red: its interval excludes 0.</p>"
+            "Coloured: its interval excludes 0.</p>"
             f"<div class=wide><table><tr>{head}</tr>{''.join(lines)}</table></div>")
 
 
-def _pictures(run: Path) -> str:
+def _pictures(run: Path, config: Config) -> str:
     found = pairs(run)
     if not found:
         return ""
-    latest = latest_label(run)
+    latest, names = latest_label(run), [reward.name for reward in config.rewards]
     when = "after training" if latest == "after" else f"at {latest}"
     return (f"<h2>What it looks like</h2><p>Left before, right {when}: the same prompt and the same noise. "
             f"The first {len(found)} evaluation prompts, not a selection.</p>"
-            f"<div class=pairs>{''.join(figure(*pair) for pair in found)}</div>")
+            f"<div class=pairs>{''.join(figure(*pair, names) for pair in found)}</div>")
 
 
 def _series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
@@ -132,12 +134,24 @@ def _evaluation_line(rows: Sequence[Mapping[str, float]], name: str) -> Line:
 
 
 def _diagnostics(rows: Sequence[Mapping[str, float]]) -> str:
-    metrics = sorted({name for row in rows for name in row})
-    sections = []
+    """A chart per number that moved; those that did not share a table at the end."""
+    metrics, sections, still = sorted({name for row in rows for name in row}), [], []
     for title, text, prefixes in _SECTIONS:
-        names = [name for name in metrics if name.startswith(prefixes)]
-        sections.append(_grid(title, text, [_chart(name, [Line(name, *_series(rows, name))], explain(name)) for name in names]))
+        series = {name: _series(rows, name) for name in metrics if name.startswith(prefixes)}
+        moved = {name: line for name, line in series.items() if _moves(line[1])}
+        still += [(name, line[1][-1]) for name, line in series.items() if line[1] and name not in moved]
+        sections.append(_grid(title, text, [_chart(name, [Line(name, *line)], explain(name)) for name, line in moved.items()]))
+    if still:
+        lines = "".join(f"<tr><td>{escape(name)}</td><td>{label(value) if math.isfinite(value) else 'unknown'}</td>"
+                        f"<td class=text>{escape(explain(name))}</td></tr>" for name, value in still)
+        sections.append(f"<h2>What did not move</h2><div class=wide><table>{lines}</table></div>")
     return "".join(sections)
+
+
+def _moves(values: Sequence[float]) -> bool:
+    """Whether a curve shows more than rounding."""
+    known = [value for value in values if math.isfinite(value)]
+    return bool(known) and max(known) - min(known) > 1e-5 * max(map(abs, known))
 
 
 def _timings(run: Path) -> str:

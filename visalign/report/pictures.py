@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -37,10 +37,13 @@ def latest_label(run_dir: Path) -> str | None:
     return found[-1] if found else None
 
 
-def figure(before: Sample, after: Sample) -> str:
-    """One pair with its prompt below and the scores that changed."""
-    sides = [f"<div>{element(load_media(one.file))}<div class=score>{escape(_scores(one.scores))}</div></div>" for one in (before, after)]
-    return f"<figure><div class=pair>{''.join(sides)}</div><figcaption>{escape(before.prompt.text)}</figcaption></figure>"
+def figure(before: Sample, after: Sample, rewards: Sequence[str]) -> str:
+    """One pair with its prompt below, and what the given rewards (larger is better) said about both."""
+    sides = "".join(f"<div>{element(load_media(one.file))}</div>" for one in (before, after))
+    scores = [f"{escape(name)} {before.scores[name]:.3g} &rarr; {after.scores[name]:.3g}" for name in rewards
+              if name in before.scores and name in after.scores]
+    return (f"<figure><div class=pair>{sides}</div><figcaption>{escape(before.prompt.text)}"
+            f"<div class=score>{'<br>'.join(scores)}</div></figcaption></figure>")
 
 
 def element(media: Media) -> str:
@@ -59,10 +62,6 @@ def element(media: Media) -> str:
         return f'<img class=small alt="" src="{_uri(buffer.getvalue(), "image/png")}">'
     picture.save(buffer, format="JPEG", quality=88)
     return f'<img alt="" src="{_uri(buffer.getvalue(), "image/jpeg")}">'
-
-
-def _scores(scores: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in scores.items())
 
 
 def _uri(data: bytes, kind: str) -> str:
