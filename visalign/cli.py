@@ -88,7 +88,7 @@ def options(
     handler = RichHandler(console=errors, show_path=False, show_time=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("visalign").setLevel(logging.DEBUG if debug else logging.INFO)
-    for noisy in ("httpx", "matplotlib", "PIL", "diffusers", "transformers", "accelerate", "huggingface_hub", "root"):
+    for noisy in ("httpx", "PIL", "diffusers", "transformers", "accelerate", "huggingface_hub", "root"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -118,7 +118,7 @@ def _reward_curves(rows: Sequence[Mapping[str, float]], config: Config) -> str:
     charts = [_chart(f"{name}, training", [Line(name, *_series(rows, f"reward/{name}/mean"))], explain(f"{name}/mean")) for name in names]
     metrics = {name for row in rows for name in row}
     for name in [*names, *(guard.name for guard in config.guards)]:
-        role = "" if name in names else "Watched, not trained on: a fall while the reward rises is reward hacking. "
+        role = "" if name in names else "Watched, not trained on: if it worsens while the reward improves, the reward is being hacked. "
         charts.append(_chart(f"{name}, evaluation", [_evaluation_line(rows, name)], f"{role}Held-out prompts, fixed seeds, 95 % interval."))
         axes = sorted(metric for metric in metrics if metric.startswith(f"eval/{name}/") and not metric.endswith(("_low", "_high")))
         lines = [Line(axis.removeprefix(f"eval/{name}/"), *_series(rows, axis), points=True) for axis in axes[:6]]
