@@ -72,9 +72,8 @@ class Verdict:
 
 def judge(family: Family) -> Verdict:
     """Build, capture, verify and check one family."""
-    begin, pipe = time.perf_counter(), None
+    begin, pipe = time.perf_counter(), family.build()
     try:
-        pipe = family.build()
         found = check(family, pipe)
     except (CaptureError, ValueError) as error:
         found = {"verdict": "refused", "message": str(error)}
@@ -176,10 +175,10 @@ def plain_scheduler(scheduler: Any) -> Any:
     name = type(scheduler).__name__
     if "solver_order" in config:
         return type(scheduler).from_config({**config, "solver_order": 1, "disable_corrector": list(range(100))})
-    if name in ("PNDMScheduler", "LCMScheduler", "DDPMScheduler"):
+    if name in ("PNDMScheduler", "DDPMScheduler"):
         extra = {"clip_sample": False} if name == "PNDMScheduler" else {}
         return diffusers.DDIMScheduler.from_config(config, **extra)
-    if name == "EulerAncestralDiscreteScheduler":
+    if name in ("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"):
         return diffusers.EulerDiscreteScheduler.from_config(config)
     if name == "CogVideoXDPMScheduler":
         return diffusers.CogVideoXDDIMScheduler.from_config(config)
@@ -252,7 +251,7 @@ def main() -> None:
         if not arguments.families or family.name in arguments.families:
             verdicts.append(judge(family))
             v = verdicts[-1]
-            print(f"{v.family:32s} {v.verdict:8s} {_number(v.parity):6s} {_number(v.independent):6s} {_number(v.decode):6s} {v.seconds:6.1f}s  {v.message[:300]}",
+            print(f"{v.family:40s} {v.verdict:8s} {_number(v.parity):6s} {_number(v.independent):6s} {_number(v.decode):6s} {v.seconds:6.1f}s  {v.message[:300]}",
                   flush=True)
     if not arguments.families:
         write(verdicts)

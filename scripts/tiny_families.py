@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from scripts import tiny_transformers as dit
@@ -67,8 +68,21 @@ def _picture(seed: int) -> str:
     return str(path)
 
 
+def _mask(mode: str = "L") -> Image.Image:
+    """White right half: what an inpainting pipeline fills in."""
+    pixels = np.zeros((16, 16), dtype=np.uint8)
+    pixels[:, 8:] = 255
+    return Image.fromarray(pixels).convert(mode)
+
+
+def _embeds(hidden: int = 32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {"image_embeds": torch.randn(1, hidden, generator=generator), "negative_image_embeds": torch.randn(1, hidden, generator=generator)}
+
+
 _IMAGE = {"num_inference_steps": 4, "height": 16, "width": 16}
 _VIDEO = {**_IMAGE, "num_frames": 5}
+_PIXELS = {"num_inference_steps": 4, "height": 8, "width": 8}
 _BLURRY = {"negative_prompt": "blurry"}
 
 FAMILIES: tuple[Family, ...] = (
@@ -93,6 +107,58 @@ FAMILIES: tuple[Family, ...] = (
            "rotary positions; guidance moves with the step", options={"rotary": True}),
     Family("Stable Audio", videos.stable_audio, {"num_inference_steps": 4, "guidance_scale": 7.0, "negative_prompt": "noise", "audio_end_in_s": 0.05},
            "waveform autoencoder; EDM preconditioning; multistep solver"),
+    Family("Stable Diffusion, Euler ancestral", unets.sd_ancestral, {**_IMAGE, "guidance_scale": 5.0}, "scheduler adds noise"),
+    Family("Stable Diffusion, DDPM", unets.sd_ddpm, {**_IMAGE, "guidance_scale": 5.0}, "scheduler adds noise"),
+    Family("Stable Diffusion, Heun", unets.sd_heun, {**_IMAGE, "guidance_scale": 5.0}, "second-order scheduler: two calls per level"),
+    Family("Stable Diffusion, latent consistency", unets.latent_consistency, {**_IMAGE, "guidance_scale": 8.5}, "guidance embedded; consistency step"),
+    Family("Stable Diffusion, PAG", unets.sd_pag, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "pag_scale": 2.0}, "three rows per sample: perturbed attention"),
+    Family("Stable Diffusion, ControlNet", unets.controlnet, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0},
+           "a second network feeds residuals to the denoiser", images=1),
+    Family("InstructPix2Pix", unets.instruct_pix2pix, {"num_inference_steps": 4, "guidance_scale": 5.0, "image_guidance_scale": 1.5, **_BLURRY},
+           "three rows per sample, condition latents on the channel axis", images=1),
+    Family("Stable Diffusion, image to image", unets.sd_image_to_image, {"num_inference_steps": 6, "strength": 0.6, "guidance_scale": 5.0},
+           "starts part of the way", images=1, expected="refused"),
+    Family("Kolors", unets.kolors, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 48}, "ChatGLM text encoder, sequence-first"),
+    Family("Kandinsky 2.2 decoder", unets.kandinsky22, {**_IMAGE, "guidance_scale": 4.0, **_embeds()}, "conditioned on image embeddings; learned variance"),
+    Family("Kandinsky 3", unets.kandinsky3, {**_IMAGE, **_BLURRY, "guidance_scale": 3.0}, "quantised autoencoder; scheduler adds noise"),
+    Family("DeepFloyd IF", unets.deepfloyd, {**_PIXELS, **_BLURRY, "guidance_scale": 7.0}, "pixel space; dynamic thresholding"),
+    Family("Stable Cascade prior", unets.stable_cascade_prior, {**_IMAGE, **_BLURRY, "guidance_scale": 4.0}, "ratio time; decodes to embeddings"),
+    Family("DDPM", unets.ddpm, {"num_inference_steps": 4}, "unconditional, pixel space, scheduler adds noise"),
+    Family("DDIM", unets.ddim, {"num_inference_steps": 4}, "unconditional, pixel space"),
+    Family("DDIM, clipped", unets.ddim_clipped, {"num_inference_steps": 4}, "scheduler clips its x0 estimate"),
+    Family("DiT", dit.dit, {"num_inference_steps": 4, "guidance_scale": 4.0}, "class labels; guidance on half the rows; learned variance", prompts=("207", "3")),
+    Family("Flux Kontext", dit.flux_kontext, {**_IMAGE, "guidance_scale": 3.5, "max_sequence_length": 24, "max_area": 256, "_auto_resize": False},
+           "condition tokens behind the state's tokens", images=1),
+    Family("Flux Fill", dit.flux_fill, {**_IMAGE, "guidance_scale": 30.0, "max_sequence_length": 24, "mask_image": _mask()},
+           "masked image and mask on the channel axis", images=1),
+    Family("Flux Control", dit.flux_control, {**_IMAGE, "guidance_scale": 10.0, "max_sequence_length": 24, "control_image": _mask("RGB")},
+           "control latents on the channel axis"),
+    Family("Flux 2 Klein", dit.flux2_klein, {**_IMAGE, "guidance_scale": 4.0, "max_sequence_length": 64, "text_encoder_out_layers": (1, 2)},
+           "batch-normalised patched latents"),
+    Family("Chroma", dit.chroma, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24}, "modulation from an approximator; attention masks"),
+    Family("AuraFlow", dit.aura_flow, {**_IMAGE, **_BLURRY, "guidance_scale": 3.5, "max_sequence_length": 24}, "register tokens"),
+    Family("Lumina-Next", dit.lumina, {**_IMAGE, **_BLURRY, "guidance_scale": 4.0, "max_sequence_length": 48, "clean_caption": False},
+           "time runs from 0 to 1; guidance on the first channels"),
+    Family("Lumina 2", dit.lumina2, {**_IMAGE, **_BLURRY, "guidance_scale": 4.0, "cfg_trunc_ratio": 0.75}, "truncated guidance, rescaled to the conditional norm"),
+    Family("HiDream", dit.hidream, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24}, "four text encoders; mixture of experts; negated output"),
+    Family("Hunyuan-DiT", dit.hunyuan_dit, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "use_resolution_binning": False}, "two text towers; learned variance"),
+    Family("HunyuanImage 2.1", dit.hunyuan_image, {**_IMAGE, **_BLURRY}, "projected guidance with momentum"),
+    Family("HunyuanImage 2.1, distilled", dit.hunyuan_image, {**_IMAGE, "distilled_guidance_scale": 3.25}, "guidance as an input tensor",
+           options={"guidance_embeds": True}),
+    Family("PixArt-sigma", dit.pixart_sigma, {**_IMAGE, **_BLURRY, "guidance_scale": 4.5, "max_sequence_length": 24, "use_resolution_binning": False,
+                                              "clean_caption": False}, "learned variance"),
+    Family("Sana", dit.sana, {**_IMAGE, "height": 32, "width": 32, **_BLURRY, "guidance_scale": 4.5, "max_sequence_length": 48, "use_resolution_binning": False,
+                              "complex_human_instruction": None}, "deep-compression autoencoder; multistep flow solver"),
+    Family("CogView 3+", dit.cogview3, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24}, "zero SNR, v-prediction"),
+    Family("CogView 4", dit.cogview4, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 48}, "dynamic linear shift; padded text"),
+    Family("Kandinsky 5 image", dit.kandinsky5_image, {**_IMAGE, **_BLURRY, "guidance_scale": 3.5, "max_sequence_length": 64}, "channels last"),
+    Family("Bria", dit.bria, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24}, "packed tokens, T5 only"),
+    Family("OmniGen", dit.omnigen, {**_IMAGE, "height": 64, "width": 64, "guidance_scale": 2.5}, "text and image in one transformer; inverted sigmas"),
+    Family("Stable Diffusion 3, PAG", dit.sd3_pag, {**_IMAGE, **_BLURRY, "guidance_scale": 4.5, "pag_scale": 2.0, "max_sequence_length": 24},
+           "three rows per sample"),
+    Family("Qwen-Image-Edit", dit.qwen_image_edit, {"num_inference_steps": 3, "height": 256, "width": 256, **_BLURRY, "true_cfg_scale": 4.0},
+           "condition tokens behind the state's tokens; images in the text encoder", images=1),
+    Family("Amused", dit.amused, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0}, "masked tokens, no noise", expected="refused"),
 )
 
 

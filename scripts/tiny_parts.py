@@ -62,6 +62,20 @@ def chat_tokenizer(padding_side: str = "right") -> Any:
         padding_side=padding_side, chat_template=_CHAT_TEMPLATE)
 
 
+class _PositionedTokenizer(tf.PreTrainedTokenizerFast):
+    """Adds ``position_ids``, as the tokenizer of ChatGLM does."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        encoded = super().__call__(*args, **kwargs)
+        encoded["position_ids"] = torch.arange(encoded["input_ids"].shape[1]).expand_as(encoded["input_ids"])
+        return encoded
+
+
+def positioned_tokenizer() -> Any:
+    return _PositionedTokenizer(tokenizer_object=chat_tokenizer().backend_tokenizer, pad_token="<|endoftext|>", eos_token="<|im_end|>",
+                                model_max_length=2048)
+
+
 def clip_text(projection: bool = False, hidden: int = HIDDEN, projection_dim: int = HIDDEN) -> Any:
     tokenizer = clip_tokenizer()
     config = tf.CLIPTextConfig(
@@ -112,6 +126,13 @@ def qwen25_vl(hidden: int = HIDDEN) -> Any:
         vision_end_token_id=marks["<|vision_end|>"]))
 
 
+def qwen_processor() -> Any:
+    """Images and text for Qwen2.5-VL; images are shrunk to a few patches."""
+    images = tf.Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
+    return tf.Qwen2_5_VLProcessor(
+        image_processor=images, tokenizer=chat_tokenizer(), video_processor=tf.Qwen2VLVideoProcessor(), chat_template=_CHAT_TEMPLATE)
+
+
 def kl_vae(channels: int = 4, levels: int = 2, **more: Any) -> Any:
     """The image autoencoder most families use; each level after the first halves the side."""
     return df.AutoencoderKL(
@@ -131,9 +152,10 @@ def wan_vae(channels: int = 4) -> Any:
         scale_factor_temporal=2, **_channel_statistics(channels))
 
 
-def qwen_image_vae(channels: int = 4) -> Any:
+def qwen_image_vae(channels: int = 4, levels: int = 2) -> Any:
     return df.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=channels, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], **_channel_statistics(channels))
+        base_dim=4, z_dim=channels, dim_mult=[1] * levels, num_res_blocks=1, temperal_downsample=[False] * (levels - 1),
+        **_channel_statistics(channels))
 
 
 def cogvideox_vae(channels: int = 4) -> Any:
@@ -148,6 +170,23 @@ def oobleck_vae(channels: int = 4) -> Any:
     return df.AutoencoderOobleck(
         encoder_hidden_size=4, downsampling_ratios=[2, 2], channel_multiples=[1, 2], decoder_channels=4, decoder_input_channels=channels,
         audio_channels=2, sampling_rate=4000)
+
+
+def movq(channels: int = 4) -> Any:
+    """The quantised autoencoder of the Kandinsky family."""
+    return df.VQModel(
+        block_out_channels=(32, 32), down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        in_channels=3, out_channels=3, latent_channels=channels, num_vq_embeddings=12, vq_embed_dim=channels, norm_num_groups=32,
+        norm_type="spatial")
+
+
+def deep_compression_vae(channels: int = 4) -> Any:
+    """The deterministic autoencoder of Sana, half the side."""
+    return df.AutoencoderDC(
+        latent_channels=channels, attention_head_dim=4, encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"), encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()),
+        scaling_factor=0.41407)
 
 
 def _channel_statistics(channels: int) -> dict[str, list[float]]:
