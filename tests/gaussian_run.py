@@ -21,9 +21,9 @@ from visalign.algorithms.grpo import GRPO
 from visalign.config import Config, make_config
 from visalign.credit import RewardTerm
 from visalign.distributed import Processes
-from visalign.loop import Parts
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.schedules import dance_sigmas, flow_schedule
+from visalign.parts import Parts
 from visalign.rewards.function import FunctionReward
 from visalign.samplers.dynamics import build_dynamics, build_selection
 from visalign.samplers.oracle_policy import GaussianPolicy

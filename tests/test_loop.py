@@ -100,6 +100,18 @@ def test_a_reference_that_is_not_the_start_is_stopped(tmp_path):
         run_with(policy, tmp_path)
 
 
+class FollowingReference(GaussianPolicy):
+    """The adapter switch does nothing: asked for the reference, it answers as the policy."""
+
+    def predict(self, x, step, conditioning, role="policy"):
+        return super().predict(x, step, conditioning, "policy")
+
+
+def test_a_reference_that_follows_the_policy_is_stopped(tmp_path):
+    with pytest.raises(InvariantError, match=r"iteration 1: the weights have moved, yet the KL .* is exactly 0"):
+        run_with(world(FollowingReference), tmp_path)
+
+
 def test_kl_without_a_reference_is_refused_before_anything_is_sampled(tmp_path):
     policy = world()
     policy._snapshots.clear()

@@ -14,8 +14,8 @@ from visalign.config import Config, GuardConfig, RewardConfig, resolve_path
 from visalign.credit import RewardTerm
 from visalign.data import load_prompts
 from visalign.distributed import Processes
-from visalign.loop import Parts
 from visalign.maths.seeds import derive_seed
+from visalign.parts import Parts
 from visalign.plugins import load_reward
 from visalign.protocols import Reward
 from visalign.samplers.dynamics import build_dynamics, build_selection

@@ -63,6 +63,18 @@ def check_first_update(maxima: Mapping[str, float], *, iteration: int, dtype: st
                              "the run starts from")
 
 
+def check_reference(maxima: Mapping[str, float], *, moved: bool, iteration: int) -> None:
+    """Once the weights have moved, policy and reference differ: a KL of exactly 0 would mean that the reference is the policy.
+
+    Raises:
+        InvariantError: the largest KL of a whole update is exactly 0 although the weights moved.
+    """
+    if moved and maxima.get("policy/kl_reference") == 0.0:
+        raise InvariantError(f"iteration {iteration}: the weights have moved, yet the KL between policy and reference is exactly 0. The "
+                             "reference follows the policy (an adapter switch without effect, a copy that is an alias), or the trained "
+                             "weights do not reach the output")
+
+
 def check_groups(trajectory: Trajectory, group_size: int) -> None:
     """Every group complete.
 

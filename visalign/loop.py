@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from visalign import checkpoint, invariants, scoring
 from visalign.config import Config, dump_config
-from visalign.credit import CircuitBreaker, Credit, RewardTerm, assign_credit
+from visalign.credit import CircuitBreaker, Credit, assign_credit
 from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
@@ -27,42 +25,17 @@ from visalign.evaluation import Evaluation, evaluate, write_comparison
 from visalign.geometry import Geometry, assign_updates
 from visalign.maths.advantages import AdvantageRule
 from visalign.maths.seeds import derive_seed
-from visalign.optimization import Optimization, Step
+from visalign.optimization import Optimization, Step, step_metrics
+from visalign.parts import Parts
 from visalign.progress import Callback, Silent
-from visalign.protocols import Algorithm, Policy, Reward, Sampler
 from visalign.state import State, rewind_logs
 from visalign.tally import Tally, concatenate_scores
 from visalign.tracking import JsonlTracker, Tracker, open_trackers
-from visalign.types import Batch, Experience, Media, Prompt, Scores, Trajectory
+from visalign.types import Batch, Experience, Media, Scores, Trajectory
 
 logger = logging.getLogger(__name__)
 
 PERMUTATION, MICROBATCHES = 2, 3  # what a seed is for: derive_seed(seed, number, PERMUTATION)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a configuration became; made by ``build.build``, the only place that knows concrete leaves.
-
-    Attributes:
-        policy: what is trained; ``eval_policy`` is the same weights under the evaluation's call arguments.
-        terms: the rewards trained on; ``guards`` are watched in evaluations only.
-        save_adapter: writes the trained weights where the pipeline's own library loads them.
-    """
-
-    policy: Policy
-    eval_policy: Policy
-    sampler: Sampler
-    algorithm: Algorithm
-    terms: Sequence[RewardTerm]
-    guards: Mapping[str, Reward]
-    prompts: Sequence[Prompt]
-    eval_prompts: Sequence[Prompt]
-    save_adapter: SaveAdapter
-
-
-class SaveAdapter(Protocol):
-    def __call__(self, folder: Path) -> None: ...
 
 
 def train(config: Config, run_dir: Path | str, resume: bool = False, callback: Callback | None = None) -> Path:
@@ -118,6 +91,7 @@ class Loop:
         self.trackers: list[Tracker] = []
         self.timings: dict[str, float] = {}
         self.timing_log: Tracker | None = None
+        self.moved = False  # whether this process has changed the weights yet
 
     def iterate(self) -> None:
         """One iteration, from prompts to a checkpoint."""
@@ -189,6 +163,7 @@ class Loop:
                 continue  # not one valid sample anywhere; the circuit breaker stops a run in which this persists
             tally = self.accumulate(Batch(experience, rows, denominator), update).over(self.processes)
             if update == 0:
+                invariants.check_reference(tally.maxima, moved=self.moved, iteration=experience.iteration)
                 invariants.check_first_update(tally.maxima, iteration=experience.iteration, num_dims=experience.trajectory.num_dims,
                                               dtype=invariants.coarser(self.config.model.dtype, self.config.train.precision))
                 whole.maxima |= {f"{name}_first": value for name, value in tally.maxima.items()}
@@ -197,6 +172,7 @@ class Loop:
                 self.state.ema.step(self.parts.policy.named_trainable())
             whole.merge(tally)
             self.callback.on_phase("update", update + 1, self.geometry.updates)
+        self.moved = self.moved or any(step.moved for step in steps)
         return {**whole.metrics(), **step_metrics(steps), "train/skipped": float(optimization.num_skipped)}
 
     def accumulate(self, batch: Batch, update: int) -> Tally:
@@ -295,10 +271,3 @@ class Loop:
         self.callback.on_phase(name, 0, 1)
         yield
         self.timings[f"time/{name}"] = time.perf_counter() - started
-
-
-def step_metrics(steps: Sequence[Step]) -> dict[str, float]:
-    """``train/`` metrics of an iteration's optimizer steps."""
-    if not steps:
-        return {}
-    return {"train/grad_norm": sum(step.grad_norm for step in steps) / len(steps), "train/learning_rate": steps[-1].learning_rate}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,11 @@ class Step:
     grad_norm: float
     applied: bool
     learning_rate: float
+
+    @property
+    def moved(self) -> bool:
+        """Whether the weights moved along a gradient."""
+        return self.applied and self.grad_norm > 0 and self.learning_rate > 0
 
 
 class Optimization:
@@ -117,3 +122,10 @@ class Optimization:
         self.scheduler.load_state_dict(dict(state["scheduler"]))
         self.scaler.load_state_dict(dict(state["scaler"]))
         self.num_steps, self.num_skipped, self.consecutive = (int(state[key]) for key in ("num_steps", "num_skipped", "consecutive"))
+
+
+def step_metrics(steps: Sequence[Step]) -> dict[str, float]:
+    """``train/`` metrics of an iteration's optimizer steps: mean gradient norm, last learning rate."""
+    if not steps:
+        return {}
+    return {"train/grad_norm": sum(step.grad_norm for step in steps) / len(steps), "train/learning_rate": steps[-1].learning_rate}
