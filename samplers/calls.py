@@ -53,13 +53,17 @@ class PipelineCall:
                 return self._build([prompt], seeds, listed=False, more={name: len(seeds), **more})
         return self._build([prompt] * len(seeds), seeds, listed=len(seeds) > 1, more=more)
 
+    def repeat_prompts(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> dict[str, Any]:
+        """`repeat` of the first prompt, with the signature of `batch`."""
+        return self.repeat(prompts[0], seeds)
+
     def _build(self, prompts: Sequence[Prompt], seeds: Sequence[int], listed: bool, more: Mapping[str, Any]) -> dict[str, Any]:
         call: dict[str, Any] = dict(self.fixed)
         if self.understands("prompt"):
             texts = [prompt.text for prompt in prompts]
             call["prompt"] = texts if listed else texts[0]
         elif self.understands("class_labels"):
-            call["class_labels"] = [int(prompt.text) for prompt in prompts]
+            call["class_labels"] = [_class_label(prompt, self.name) for prompt in prompts]
         elif self.understands("batch_size"):
             call["batch_size"] = len(seeds)
         if listed:
@@ -81,6 +85,12 @@ class PipelineCall:
             call["generator"] = generators if len(generators) > 1 else generators[0]
         call.update(more)
         return call
+
+
+def _class_label(prompt: Prompt, name: str) -> int:
+    if not prompt.text.strip().isdigit():
+        raise ValueError(f"{name} is conditioned on class labels; its prompts are numbers such as '207', got {prompt.text!r}")
+    return int(prompt.text)
 
 
 def _load(paths: Sequence[str]) -> Any:

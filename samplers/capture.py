@@ -25,10 +25,14 @@ from visalign.types import Prompt
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of the loop: which sites run, how the state is scaled for each, how their predictions combine."""
+    """One step of the loop: which sites run, how the state is scaled for each, how their predictions combine.
+
+    ``row_sites`` names the site behind each of the combination's rows.
+    """
 
     sites: tuple[int, ...]
     scales: tuple[float, ...]
+    row_sites: tuple[int, ...]
     combination: Combination
 
 
@@ -58,24 +62,27 @@ def capture(observer: Observer, call: PipelineCall, prompt: Prompt) -> Capture:
     Raises:
         CaptureError: something in the loop is neither a gather, nor affine in time, nor a known combination of predictions.
     """
-    one = call.one(prompt)
-    real = observer.run(one, stop_after=2)
+    real = observer.run(call.one(prompt), stop_after=2)
     if len(real.steps) < 2 or not observer.denoisers:
         raise CaptureError(
             f"{call.name} took {len(real.steps)} scheduler step(s) and called {sorted(observer.denoisers) or 'no module'} in its loop; "
             "capture needs at least num_inference_steps=2 and a denoiser among the pipeline's components"
         )
-    runs = probe_runs(observer, one)
+    runs = probe_runs(observer, lambda: call.one(prompt))
     base = runs.zeros
     fit = fit_schedule(next(iter(_stepping(observer))), [step.timestep for step in base.steps])
     sites, site_of = find_sites(runs)
     sites, batched, note = _find_rows(observer, call, prompt, runs, sites, site_of)
-    plans = tuple(_plan(runs, sites, site_of, k) for k in fit.first_index)
+    plans = [_plan(runs, sites, site_of, k) for k in fit.first_index]
+    heard = {site for plan in plans for site, weight in zip(plan.row_sites, plan.combination.weights, strict=True) if weight != 0}
+    if any(site.output is not None and index not in heard for index, site in enumerate(sites)):
+        sites = [site if index in heard else replace(site, output=None) for index, site in enumerate(sites)]
+        plans = [_plan(runs, sites, site_of, k) for k in fit.first_index]
     sample = base.steps[0].sample
     lead = sample.shape[0]
     return Capture(
         tuple(sites),
-        plans,
+        tuple(plans),
         fit,
         tuple(sample.shape[1:]) if lead == 1 else tuple(sample.shape),
         lead,
@@ -102,8 +109,9 @@ def _find_rows(
         return halves
 
     note = ""
-    for arguments in (call.batch([prompt, prompt], [0, 0]), call.repeat(prompt, [0, 0])):
+    for ask in (call.batch, call.repeat_prompts):
         try:
+            arguments = ask([prompt, prompt], [0, 0])
             two = observer.run(arguments, answer_state=state, answer_output=lambda k, seen: seen.output, stop_after=len(runs.zeros.steps))
             if two.steps[0].sample.shape[0] != 2 * runs.zeros.steps[0].sample.shape[0]:
                 raise Unbatchable(f"two samples gave a state {describe(two.steps[0].sample)}")
@@ -148,18 +156,18 @@ def _plan(runs: ProbeRuns, sites: list[Site], site_of: dict[tuple[int, int], int
     for j, index in enumerate(indices):
         latent = sites[index].latent
         scales.append(1.0 if latent is None else _scale(runs.random[0].steps[k], j, latent))
-    predictions, answers, states = [], [], []
-    for run in runs.random:
-        step = run.steps[k]
-        predictions.append([row for j, index in enumerate(indices) for row in output_rows(sites[index], step.calls[j])])
-        answers.append(trim(step.model_output, step.sample))
-        states.append(step.sample)
-    if not predictions[0]:
+    rows_of = [[output_rows(sites[index], runs.random[0].steps[k].calls[j]) for j, index in enumerate(indices)]]
+    rows_of.append([output_rows(sites[index], runs.random[1].steps[k].calls[j]) for j, index in enumerate(indices)])
+    row_sites = tuple(index for index, rows in zip(indices, rows_of[0], strict=True) for _ in rows)
+    if not row_sites:
         raise CaptureError(
             f"step {k}: what {', '.join(sorted({sites[i].module for i in indices}))} returns does not reach scheduler.step by moving "
             "elements; the pipeline converts its predictions nonlinearly, which visalign cannot replay"
         )
-    return StepPlan(indices, tuple(scales), fit_combination(predictions, answers, states, k))
+    predictions = [[row for rows in one for row in rows] for one in rows_of]
+    steps = [run.steps[k] for run in runs.random]
+    answers, states = [trim(step.model_output, step.sample) for step in steps], [step.sample for step in steps]
+    return StepPlan(indices, tuple(scales), row_sites, fit_combination(predictions, answers, states, k))
 
 
 def _scale(step: ObservedStep, j: int, latent: LatentSlot) -> float:

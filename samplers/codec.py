@@ -21,7 +21,7 @@ from visalign.samplers.observe import CaptureError, Observer
 from visalign.samplers.slots import decode_gather, describe, digits
 from visalign.types import Media, Prompt
 
-_FIELDS = ("images", "frames", "audios", "audio", "videos")
+_FIELDS = ("images", "image", "frames", "audios", "audio", "videos", "video")
 
 
 class Codec:

@@ -144,5 +144,6 @@ def _nonlinear(rows: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> l
         aims = [target.flatten(0, -2).unsqueeze(-1) for target in targets]
         per_token = torch.linalg.lstsq(tokens[0], aims[0]).solution[..., 0]
         share = (per_token / per_token.sum(-1, keepdim=True)).median(dim=0).values
-        found.append(Combination(tuple(_round(float(w)) for w in share), 0.0, "token norm", conditional))
+        sign = float(per_token.sum(-1).median().sign())
+        found.append(Combination(tuple(_round(sign * float(w)) for w in share), 0.0, "token norm", conditional))
     return found

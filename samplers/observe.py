@@ -156,6 +156,11 @@ class Observer:
                     f"{type(scheduler).__name__}.step was called without tensors 'model_output' and 'sample' "
                     f"(got {sorted(given)}); such a scheduler has no state that other dynamics could continue"
                 )
+            if not given["sample"].is_floating_point():
+                raise CaptureError(
+                    f"{type(scheduler).__name__} steps {given['sample'].dtype} tokens, not a continuous state; masked and "
+                    "autoregressive generators have no diffusion trajectory to align"
+                )
             if seen.steps:
                 self.denoisers.update(call.module for call in pending)
             out = step(*args, **kwargs)
@@ -166,7 +171,10 @@ class Observer:
             if stop_after is not None and len(seen.steps) >= stop_after:
                 raise _Stop
             if isinstance(out, tuple):
-                return (new, *out[1:])
+                if answer_state is None:
+                    return out
+                # A second state-shaped return is the x0 prediction, which some pipelines decode instead of the last state.
+                return (new, *(new if isinstance(other, Tensor) and other.shape == new.shape else other for other in out[1:]))
             out.prev_sample = new
             return out
 

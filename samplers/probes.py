@@ -30,7 +30,7 @@ class ProbeRuns:
     random: list[Observation]
 
 
-def probe_runs(observer: Observer, one: dict[str, Any]) -> ProbeRuns:
+def probe_runs(observer: Observer, one: Callable[[], dict[str, Any]]) -> ProbeRuns:
     """Run the pipeline's call with every pair of chosen states and outputs that the inference needs.
 
     Raises:
@@ -39,7 +39,7 @@ def probe_runs(observer: Observer, one: dict[str, Any]) -> ProbeRuns:
 
     def run(state: Fill, output: Fill, stop: int | None) -> Observation:
         return observer.run(
-            one,
+            one(),  # anew each time: a generator among the arguments draws condition latents and must not move on
             answer_state=lambda k, sample, model_output: state(sample).to(sample.dtype),
             answer_output=lambda k, call: fill_like(call.output, _by_row(call.output, output)),
             stop_after=stop,
@@ -119,16 +119,12 @@ def _row_digit(place: int) -> Fill:
 def main_output(output: Any) -> tuple[list[Tensor], bool]:
     """The part of a module's return value that holds predictions: (its tensors, whether they came as a list of rows)."""
     while not isinstance(output, Tensor):
-        if (
-            isinstance(output, list | tuple)
-            and len(output) > 0
-            and not (isinstance(output, list) and all(isinstance(o, Tensor) for o in output))
-        ):
-            output = output[0]
-        elif isinstance(output, list):
+        if isinstance(output, list) and output and all(isinstance(part, Tensor) and part.shape == output[0].shape for part in output):
             return output, True
+        if isinstance(output, list | tuple) and output:
+            output = output[0]
         elif hasattr(output, "to_tuple"):
-            output = output.to_tuple()[0]
+            output = output.to_tuple()
         else:
             return [], False
     return [output], False

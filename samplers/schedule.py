@@ -209,6 +209,8 @@ def _probe(scheduler: Any, timestep: float, amplitude: float = 1e-2) -> _Probe:
         fresh = _fresh(scheduler, timestep)
         t = next(t for t in fresh.timesteps if float(t) == timestep)
         state, output = torch.full((1, 4, 8, 8), x * amplitude), torch.full((1, 4, 8, 8), m * amplitude)
+        if str(fresh.config.get("variance_type")).startswith("learned"):
+            output = torch.cat([output, torch.zeros_like(output)], dim=1)
         parameters = inspect.signature(fresh.step).parameters
         more: dict[str, Any] = {name: None for name in ("old_pred_original_sample", "timestep_back") if name in parameters}
         if "return_dict" in parameters:
