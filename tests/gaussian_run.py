@@ -29,6 +29,7 @@ from visalign.samplers.dynamics import build_dynamics, build_selection
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import TrajectorySampler
 from visalign.settings import apply_overrides
+from visalign.state import State
 from visalign.types import Media, Prompt
 
 SETTINGS: dict[str, Any] = {
@@ -85,7 +86,7 @@ def go(run_dir: Path, settings: Config, resume: bool = False, **changes: Any) ->
 def kill_at(moment: str, count: int) -> None:
     """Make this process send itself SIGKILL when ``moment`` comes for the ``count``-th time."""
     owner, name = {"collect": (loop.Loop, "collect"), "backward": (loop.Loop, "accumulate"), "evaluate": (loop.Loop, "evaluated"),
-                   "logged": (loop.Loop, "save"), "writing": (checkpoint, "_sha256"), "written": (checkpoint, "_sync"),
+                   "logged": (State, "save"), "writing": (checkpoint, "_sha256"), "written": (checkpoint, "_sync"),
                    "pruning": (checkpoint, "_prune")}[moment]
     original, calls = getattr(owner, name), [0]
 

@@ -9,28 +9,28 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from visalign import checkpoint, invariants, scoring
-from visalign.config import Config, dump_config
+from visalign.config import Config
 from visalign.credit import CircuitBreaker, Credit, assign_credit
 from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
-from visalign.evaluation import Evaluation, evaluate, write_comparison
+from visalign.evaluation import evaluate
 from visalign.geometry import Geometry, assign_updates
 from visalign.maths.advantages import AdvantageRule
 from visalign.maths.seeds import derive_seed
 from visalign.optimization import Optimization, Step, step_metrics
 from visalign.parts import Parts
 from visalign.progress import Callback, Silent
-from visalign.state import State, rewind_logs
+from visalign.runfolder import RunFolder
+from visalign.state import State
 from visalign.tally import Tally, concatenate_scores
-from visalign.tracking import JsonlTracker, Tracker, open_trackers
 from visalign.types import Batch, Experience, Media, Scores, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run(parts: Parts, config: Config, run_dir: Path, processes: Processes, *, re
         loop.finish()
     finally:
         loop.callback.on_end()
-        loop.close()
+        loop.folder.close()
     return run_dir
 
 
@@ -78,7 +78,8 @@ class Loop:
     """One run: its parts, its state, its folder."""
 
     def __init__(self, parts: Parts, config: Config, run_dir: Path, processes: Processes, callback: Callback) -> None:
-        self.parts, self.config, self.run_dir, self.processes, self.callback = parts, config, run_dir, processes, callback
+        self.parts, self.config, self.processes, self.callback = parts, config, processes, callback
+        self.folder = RunFolder(run_dir, writes=processes.is_main)
         self.geometry = geometry(config, processes)
         if parts.algorithm.needs_reference and not parts.policy.has_role("reference"):
             raise ValueError("algorithm.kl_weight > 0 needs a reference, and the policy has none; train an adapter, or set kl_weight to 0")
@@ -88,9 +89,7 @@ class Loop:
         self.state = State(iteration=0, optimization=Optimization(trainable, config.train, processes.device),
                            ema=None if config.ema is None else EMA(trainable, config.ema.decay),
                            data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker())
-        self.trackers: list[Tracker] = []
         self.timings: dict[str, float] = {}
-        self.timing_log: Tracker | None = None
         self.moved = False  # whether this process has changed the weights yet
 
     def iterate(self) -> None:
@@ -107,9 +106,10 @@ class Loop:
         done = self.state.iteration == self.config.train.iterations
         if done or self.due(self.config.evaluation.every):
             metrics |= self.evaluated("after" if done else f"iteration-{self.state.iteration:06d}")
-        self.log(iteration, metrics)
+        self.folder.log(iteration, metrics, self.timings)
         if done or self.due(self.config.checkpoint.every):
-            self.save(score=metrics.get("credit/reward_mean"))
+            self.callback.on_phase("save", 0, 1)
+            self.state.save(self.parts.policy, self.folder, self.config, self.processes, score=metrics.get("credit/reward_mean"))
         self.callback.on_iteration(iteration, metrics)
 
     def due(self, every: int) -> bool:
@@ -198,71 +198,43 @@ class Loop:
 
     def evaluated(self, label: str) -> dict[str, float]:
         """Metrics of the current weights (their average, if there is one) on the evaluation prompts; kept under ``label``."""
-        settings, state = self.config.evaluation, self.state
-        weights = nullcontext() if state.ema is None else state.ema.swapped(self.parts.policy.named_trainable())
+        settings, optimization = self.config.evaluation, self.state.optimization
         rewards = {**{term.name: term.reward for term in self.parts.terms}, **self.parts.guards}
-        with self.phase("evaluate"), weights:
+        with self.phase("evaluate"), self.averaged_weights():
             found = evaluate(self.parts.eval_policy, self.parts.sampler, rewards, self.parts.eval_prompts[:settings.num_prompts],
-                             seed=settings.seed, batch=settings.batch, processes=self.processes, folder=self.run_dir / "samples" / label,
-                             autocast=lambda: state.optimization.autocast(cache=True),
+                             seed=settings.seed, batch=settings.batch, processes=self.processes, folder=self.folder.samples(label),
+                             autocast=lambda: optimization.autocast(cache=True),
                              progress=lambda done, total: self.callback.on_phase("evaluate", done, total))
         if found is None:
             return {}
-        found.write(self.run_dir / "evaluations" / f"{label}.json")
+        found.write(self.folder.evaluation(label))
         return found.metrics()
 
     def start(self, resume: bool) -> None:
         """Take up the newest checkpoint, or start with an evaluation of the weights as they are."""
-        checkpoints = self.run_dir / "checkpoints"
-        newest = checkpoint.latest(checkpoints)
+        newest = checkpoint.latest(self.folder.checkpoints)
         if newest is not None and not resume:
-            raise ValueError(f"{self.run_dir} already holds a run; continue it with visalign train --resume {self.run_dir}, "
+            raise ValueError(f"{self.folder.path} already holds a run; continue it with visalign train --resume {self.folder.path}, "
                              "or choose another folder")
         saved = None if newest is None else checkpoint.load(newest)
         if saved is not None:
             self.state.restore(self.parts.policy, saved, self.processes)
             logger.info("resuming from %s", newest)
-        if self.processes.is_main:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            rewind_logs(self.run_dir, saved)
-            (self.run_dir / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
-            self.trackers = open_trackers(self.config.tracking, self.run_dir, self.config.model_dump(mode="json"))
-            self.timing_log = JsonlTracker(self.run_dir / "timings.jsonl")
+        self.folder.open(self.config, saved)
         if saved is None:
             # Row -1: what the weights give before iteration 0.
-            self.log(-1, self.evaluated("before"))
-
-    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """One row in every tracker; wall-clock numbers go to ``timings.jsonl``, so that metrics of equal runs are equal files."""
-        for tracker in self.trackers:
-            tracker.log(iteration, metrics)
-        if self.timing_log is not None:
-            self.timing_log.log(iteration, self.timings)
-
-    def save(self, score: float | None) -> None:
-        """A checkpoint of everything, collective."""
-        self.callback.on_phase("save", 0, 1)
-        self.state.save(self.parts.policy, self.run_dir, self.config.model_dump(mode="json"), self.processes,
-                        keep=self.config.checkpoint.keep, score=score)
-        self.callback.on_phase("save", 1, 1)
+            self.folder.log(-1, self.evaluated("before"), self.timings)
 
     def finish(self) -> None:
         """Leave the result: the adapter (with averaged weights, if there are any), before against after, the report."""
-        if not self.processes.is_main:
-            return
-        weights = nullcontext() if self.state.ema is None else self.state.ema.swapped(self.parts.policy.named_trainable())
-        with weights:
-            self.parts.save_adapter(self.run_dir / "adapter")
-        before, after = (self.run_dir / "evaluations" / f"{label}.json" for label in ("before", "after"))
-        if before.exists() and after.exists():
-            write_comparison(self.run_dir / "evaluation.json", Evaluation.read(before), Evaluation.read(after))
-        from visalign.report import write_report  # matplotlib is slow to import and only needed here
+        if self.processes.is_main:
+            with self.averaged_weights():
+                self.parts.save_adapter(self.folder.adapter)
+            self.folder.conclude()
 
-        write_report(self.run_dir)
-
-    def close(self) -> None:
-        for tracker in [*self.trackers, *([self.timing_log] if self.timing_log is not None else [])]:
-            tracker.close()
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The moving average in place of the weights, if the run keeps one."""
+        return nullcontext() if self.state.ema is None else self.state.ema.swapped(self.parts.policy.named_trainable())
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from visalign import __version__, checkpoint
 from visalign.checkpoint import Checkpoint
+from visalign.config import Config
 from visalign.credit import CircuitBreaker
 from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
 from visalign.optimization import Optimization
 from visalign.protocols import Policy
+from visalign.runfolder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 
 
 @dataclass
@@ -42,9 +40,8 @@ class State:
     data: GroupSampler
     breaker: CircuitBreaker
 
-    def save(self, policy: Policy, run_dir: Path, config: Mapping[str, Any], processes: Processes, *, keep: int,
-             score: float | None) -> None:
-        """Write ``run_dir/checkpoints/<iteration>``; collective, only the main process writes.
+    def save(self, policy: Policy, folder: RunFolder, config: Config, processes: Processes, score: float | None) -> None:
+        """Write ``checkpoints/<iteration>``; collective, only the main process writes.
 
         Raises:
             CheckpointError: the disk is full.
@@ -56,11 +53,11 @@ class State:
                        **{f"rng-{rank:05d}": part[0] for rank, part in enumerate(rng)}}
             if self.ema is not None:
                 tensors["ema"] = self.ema.shadow
-            state = {"visalign": __version__, "config": config, "optimization": optimization, "rng": [part[1] for part in rng],
-                     "ema_steps": None if self.ema is None else self.ema.num_steps,
+            state = {"visalign": __version__, "config": config.model_dump(mode="json"), "optimization": optimization,
+                     "rng": [part[1] for part in rng], "ema_steps": None if self.ema is None else self.ema.num_steps,
                      "data": self.data.state_dict(), "breaker": self.breaker.state_dict(),
-                     "metrics_bytes": (run_dir / METRICS).stat().st_size}
-            checkpoint.save(run_dir / "checkpoints", self.iteration, tensors, state, keep=keep, score=score)
+                     "metrics_bytes": folder.metrics_bytes()}
+            checkpoint.save(folder.checkpoints, self.iteration, tensors, state, keep=config.checkpoint.keep, score=score)
         processes.barrier()
 
     def restore(self, policy: Policy, saved: Checkpoint, processes: Processes) -> None:
@@ -91,15 +88,3 @@ class State:
             logger.warning("resuming on %d processes a run that had %d: samples and updates are the same, dropout, if any, is drawn anew",
                            processes.world, len(saved.state["rng"]))
         self.iteration = int(saved.state["iteration"])
-
-
-def rewind_logs(run_dir: Path, saved: Checkpoint | None) -> None:
-    """Cut the logs back to what they held at the checkpoint, or to nothing without one; on the main process, before they are opened."""
-    metrics, timings = run_dir / METRICS, run_dir / TIMINGS
-    if saved is not None or metrics.exists():
-        checkpoint.truncate(metrics, 0 if saved is None else int(saved.state["metrics_bytes"]))
-    if timings.exists():
-        # By row, not by size: wall-clock digits would make the checkpoints of equal runs differ.
-        rows = timings.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = 0 if saved is None else int(saved.state["iteration"]) + 1  # the row of the first evaluation comes before iteration 0
-        timings.write_text("".join(rows[:kept]), encoding="utf-8")

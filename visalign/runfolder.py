@@ -1,0 +1,86 @@
+"""The folder that is a run's result, and the only writer of its logs.
+
+    config.yaml      the resolved configuration
+    metrics.jsonl    one row per iteration; equal runs have equal files
+    timings.jsonl    wall-clock seconds per phase, kept apart for that reason
+    samples/LABEL    media of an evaluation, before, after and between; evaluations/LABEL.json has their scores
+    evaluation.json  before against after, with intervals
+    checkpoints/     see ``checkpoint``
+    adapter/         the trained weights, for the pipeline's own library
+    report.html      all of it to look at
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from visalign import checkpoint
+from visalign.checkpoint import Checkpoint
+from visalign.config import Config, dump_config
+from visalign.evaluation import Evaluation, write_comparison
+from visalign.tracking import METRICS, JsonlTracker, Tracker, open_trackers
+
+TIMINGS = "timings.jsonl"
+
+
+class RunFolder:
+    """One run's folder; on other processes than the main one (``writes`` false) nothing is opened or written."""
+
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self.checkpoints, self.adapter = path / "checkpoints", path / "adapter"
+        self._trackers: list[Tracker] = []
+        self._timings: Tracker | None = None
+
+    def samples(self, label: str) -> Path:
+        return self.path / "samples" / label
+
+    def evaluation(self, label: str) -> Path:
+        return self.path / "evaluations" / f"{label}.json"
+
+    def open(self, config: Config, saved: Checkpoint | None) -> None:
+        """Cut the logs back to what they held at the checkpoint (to nothing without one), and open them.
+
+        Raises:
+            ValueError: a tracker is not installed.
+            CheckpointError: ``metrics.jsonl`` is shorter than it was then.
+        """
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        metrics, timings = self.path / METRICS, self.path / TIMINGS
+        if saved is not None or metrics.exists():
+            checkpoint.truncate(metrics, 0 if saved is None else int(saved.state["metrics_bytes"]))
+        if timings.exists():
+            # By row, not by size: wall-clock digits would make the checkpoints of equal runs differ.
+            rows = timings.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = 0 if saved is None else int(saved.state["iteration"]) + 1  # the row of the first evaluation precedes iteration 0
+            timings.write_text("".join(rows[:kept]), encoding="utf-8")
+        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        self._trackers = open_trackers(config.tracking, self.path, config.model_dump(mode="json"))
+        self._timings = JsonlTracker(timings)
+
+    def log(self, iteration: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
+        """One row in every tracker, and one of wall-clock numbers beside them."""
+        for tracker in self._trackers:
+            tracker.log(iteration, metrics)
+        if self._timings is not None:
+            self._timings.log(iteration, timings)
+
+    def metrics_bytes(self) -> int:
+        """Size of ``metrics.jsonl`` now; rows are flushed as they are logged."""
+        return (self.path / METRICS).stat().st_size
+
+    def conclude(self) -> None:
+        """Write before against after, and the report."""
+        before, after = self.evaluation("before"), self.evaluation("after")
+        if before.exists() and after.exists():
+            write_comparison(self.path / "evaluation.json", Evaluation.read(before), Evaluation.read(after))
+        from visalign.report import write_report  # matplotlib is slow to import and only needed here
+
+        write_report(self.path)
+
+    def close(self) -> None:
+        for tracker in [*self._trackers, *([self._timings] if self._timings is not None else [])]:
+            tracker.close()
