@@ -1,11 +1,13 @@
 """The command line as a user meets it: help that teaches, tables, files, and errors without tracebacks."""
 
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
@@ -14,8 +16,10 @@ from visalign.commands.pipelines import call_arguments, output_media
 from visalign.commands.plan import memory, read_headers
 from visalign.commands.sample import parse_seeds
 from visalign.config import load_config, recipe_names
+from visalign.evaluation import Evaluation, write_comparison
 from visalign.media import save_media, save_samples
-from visalign.quickstart import pairwise_difference
+from visalign.quickstart import GUIDED, ROWS, pairwise_difference
+from visalign.quickstart import table as quickstart_table
 from visalign.types import Media, Prompt
 
 COMMANDS = ("train", "sample", "score", "inspect", "report", "env", "configs", "quickstart")
@@ -184,3 +188,16 @@ def test_pipeline_outputs_become_media() -> None:
 def test_diversity_is_0_for_equal_pictures_and_1_for_opposite_ones() -> None:
     pictures = [Media("image", torch.full((3, 4, 4), value, dtype=torch.uint8)) for value in (0, 255, 7, 7)]
     assert pairwise_difference(pictures, 2).tolist() == [1.0, 0.0]
+
+
+def test_the_quick_starts_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    before = {name: torch.rand(256, generator=torch.Generator().manual_seed(0)).double() for name in ROWS}
+    write_comparison(tmp_path / "evaluation.json", Evaluation(before, tuple(range(256))),
+                     Evaluation({name: values - 0.25 for name, values in before.items()}, tuple(range(256))))
+    Evaluation(before, tuple(range(256))).write(tmp_path / "evaluations" / f"{GUIDED}.json")
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(quickstart_table(tmp_path))
+    text = console.export_text()
+    assert "…" not in text
+    assert all(title.strip() in text for title in ROWS.values())
+    assert re.search(r"gold mean +0\.\d{3} \[\.\d\d, \.\d\d\] +0\.\d{3} \[\.\d\d, \.\d\d\] +-0\.250 \[-\.25, -\.25\] +0\.\d{3}", text)

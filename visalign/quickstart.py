@@ -117,4 +117,6 @@ def table(folder: Path) -> Table:
 
 
 def _number(side: Mapping[str, float], sign: str = "") -> str:
-    return f"{side['mean']:{sign}.3f} [dim]\\[{side['low']:{sign}.2f}, {side['high']:{sign}.2f}][/]"
+    """Mean and interval, short enough for a terminal of 80 columns."""
+    low, high = (f"{side[bound]:{sign}.2f}".replace("0.", ".") for bound in ("low", "high"))
+    return f"{side['mean']:{sign}.3f} [dim]\\[{low}, {high}][/]"
