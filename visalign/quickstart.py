@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -87,7 +86,7 @@ def diversity(policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], seed:
     """
     repeated = [prompt for prompt in prompts for _ in range(DIVERSITY_SAMPLES)]
     seeds = [derive_seed(seed, 1, k) for k in range(len(repeated))]
-    media = policy.decode(sampler.generate(policy, repeated, seeds))
+    media = policy.decode(sampler.generate(policy, repeated, seeds), repeated)
     return pairwise_difference(media, DIVERSITY_SAMPLES)
 
 
@@ -103,8 +102,8 @@ def table(folder: Path) -> Table:
     rows: Mapping[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     guided = Evaluation.read(folder / "evaluations" / f"{GUIDED}.json").intervals()
     count = max(row["gain"]["count"] for row in rows.values())
-    shown = Table(title=f"before -> after on {count} held-out prompts, 95 % bootstrap intervals", title_justify="left", box=box.SIMPLE_HEAD,
-                  caption=f"guided: the {GUIDED}, which costs twice the work per step", caption_justify="left")
+    shown = Table(title=f"before -> after on {count} held-out prompts, 95 % bootstrap intervals", title_justify="left", box=None,
+                  pad_edge=False, caption=f"guided: the {GUIDED}, which costs twice the work per step", caption_justify="left")
     for heading in ("", "before", "after", "gain", "guided"):
         shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, title in ROWS.items():

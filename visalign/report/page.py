@@ -121,7 +121,9 @@ def _reward_curves(rows: Sequence[Mapping[str, float]], config: Config) -> str:
         role = "" if name in names else "Watched, not trained on: if it worsens while the reward improves, the reward is being hacked. "
         charts.append(_chart(f"{name}, evaluation", [_evaluation_line(rows, name)], f"{role}Held-out prompts, fixed seeds, 95 % interval."))
         axes = sorted(metric for metric in metrics if metric.startswith(f"eval/{name}/") and not metric.endswith(("_low", "_high")))
-        lines = [Line(axis.removeprefix(f"eval/{name}/"), *_series(rows, axis), points=True) for axis in axes[:6]]
+        whole = _series(rows, f"eval/{name}")
+        lines = [Line(axis.removeprefix(f"eval/{name}/"), *_series(rows, axis), points=True) for axis in axes
+                 if _series(rows, axis) != whole][:6]
         charts.append(_chart(f"{name} by part, evaluation", lines, "Means over held-out prompts."))
     return _grid("Rewards", "", charts)
 
