@@ -28,7 +28,7 @@ def permutations(groups, size):
 
 @pytest.mark.parametrize(("groups", "size", "updates"), [(4, 6, 2), (4, 6, 3), (4, 3, 4), (2, 2, 4), (8, 9, 2)])
 def test_updates_are_equal_shares_of_every_group(groups, size, updates):
-    assigned = assign_updates(permutations(groups, size), 0, updates)
+    assigned = assign_updates(permutations(groups, size), updates)
     assert torch.bincount(assigned, minlength=updates).unique().numel() == 1
     per_group = torch.stack([torch.bincount(row, minlength=updates) for row in assigned.view(groups, size)])
     assert int(per_group.max() - per_group.min()) <= 1
@@ -37,7 +37,7 @@ def test_updates_are_equal_shares_of_every_group(groups, size, updates):
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_assignment_does_not_depend_on_the_number_of_processes(world):
     whole = permutations(4, 6)
-    parts = [assign_updates(whole[rank * 4 // world:(rank + 1) * 4 // world], rank * 4 // world, 3) for rank in range(world)]
-    assert torch.equal(torch.cat(parts), assign_updates(whole, 0, 3))
+    parts = [assign_updates(part, 3) for part in whole.chunk(world)]
+    assert torch.equal(torch.cat(parts), assign_updates(whole, 3))
     for part in parts:
         assert torch.bincount(part, minlength=3).unique().numel() == 1

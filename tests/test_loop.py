@@ -18,7 +18,7 @@ from visalign.distributed import Processes
 from visalign.invariants import InvariantError
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.schedules import dance_sigmas, flow_schedule
-from visalign.optimization import TrainingStoppedError
+from visalign.optimization import Optimization, TrainingStoppedError
 from visalign.protocols import LossTerms
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.tracking import read_metrics
@@ -243,10 +243,22 @@ def test_autocast_is_the_same_in_sampling_and_training_and_gradients_arrive(tmp_
     assert not torch.equal(made.policy.mix.weight.detach(), torch.eye(3))
 
 
-def test_old_log_probs_recomputed_under_autocast_do_not_cost_the_gradient(tmp_path):
-    """torch's autocast cache keeps a weight cast under no_grad; a training pass that reused it would get no gradient."""
-    made = run_with(world(LinearPolicy), tmp_path, "train.precision=bfloat16", "algorithm.kl_weight=0", "algorithm.old_log_prob=recomputed")
-    assert not torch.equal(made.policy.mix.weight.detach(), torch.eye(3))
+def test_recomputed_log_probs_use_the_precision_of_training(tmp_path):
+    run_with(world(LinearPolicy), tmp_path, "train.precision=bfloat16", "algorithm.kl_weight=0", "algorithm.old_log_prob=recomputed")
+    first = read_metrics(tmp_path / "run")[1]
+    assert first["policy/output_gap_first"] == first["policy/ratio_deviation_first"] == 0.0
+
+
+def test_a_prediction_without_gradients_does_not_cost_the_next_one_its_gradient():
+    """torch's autocast cache keeps a weight cast under no_grad; a training pass that reuses it gets no gradient, silently."""
+    layer = torch.nn.Linear(3, 3)
+    optimization = Optimization(dict(layer.named_parameters()), config("train.precision=bfloat16").train, torch.device("cpu"))
+    with optimization.autocast():
+        with torch.no_grad():
+            layer(torch.ones(1, 3))
+        loss = layer(torch.ones(1, 3)).sum()
+    loss.backward()
+    assert layer.weight.grad is not None
 
 
 # --- processes --------------------------------------------------------------------------------------------------------------------

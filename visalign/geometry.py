@@ -70,19 +70,21 @@ class Geometry:
                 "micro-batches per update and stored step": self.update_samples // self.microbatch}
 
 
-def assign_updates(permutations: Tensor, first_group: int, updates: int) -> Tensor:
-    """Which optimizer step each sample belongs to: every group is spread evenly, and the answer does not depend on the number of processes.
+def assign_updates(permutations: Tensor, updates: int) -> Tensor:
+    """Which optimizer step each sample belongs to: every group is spread evenly.
 
-        update = (global group * G + permuted place in the group) mod updates
+        update = (group * G + permuted place in the group) mod updates
+
+    The groups of one process or of all give the same answer: a process has a multiple of ``updates`` samples, so where its first group
+    stands among all does not matter.
 
     Args:
         permutations: int64 (P, G), row p a permutation of 0..G-1.
-        first_group: place of row 0 among the iteration's groups over all processes.
     Returns:
         int64 (P * G,), values 0..updates-1.
     """
     num_groups, group_size = permutations.shape
-    offsets = (first_group + torch.arange(num_groups)).unsqueeze(1) * group_size
+    offsets = torch.arange(num_groups).unsqueeze(1) * group_size
     return ((offsets + permutations) % updates).reshape(-1)
 
 

@@ -129,11 +129,11 @@ class Loop:
     def score(self, trajectory: Trajectory) -> dict[str, Scores]:
         """Scores of this process's samples by reward name, each (N_local,)."""
         media: list[Media] = []
+        prompts = [trajectory.prompts[g] for g in trajectory.group_id.tolist()]
         with torch.no_grad():
             for part in trajectory.x_final.split(self.geometry.microbatch):
-                media += self.parts.policy.decode(part.to(self.processes.device))
+                media += self.parts.policy.decode(part.to(self.processes.device), prompts[len(media):len(media) + len(part)])
                 self.callback.on_phase("score", len(media), trajectory.num_samples)
-        prompts = [trajectory.prompts[g] for g in trajectory.group_id.tolist()]
         return scoring.score({term.name: term.reward for term in self.parts.terms}, media, prompts, trajectory.group_id.tolist())
 
     def credit(self, trajectory: Trajectory, scores: Mapping[str, Scores]) -> tuple[Experience, Credit]:
@@ -194,7 +194,7 @@ class Loop:
         firsts = trajectory.sample_index[::self.geometry.group_size].tolist()
         generators = [torch.Generator().manual_seed(derive_seed(self.config.train.seed, first, PERMUTATION)) for first in firsts]
         members = torch.stack([torch.randperm(self.geometry.group_size, generator=generator) for generator in generators])
-        return assign_updates(members, self.processes.rank * self.geometry.local_groups, self.geometry.updates)
+        return assign_updates(members, self.geometry.updates)
 
     def evaluated(self, label: str) -> dict[str, float]:
         """Metrics of the current weights (their average, if there is one) on the evaluation prompts; kept under ``label``."""
