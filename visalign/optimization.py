@@ -62,7 +62,9 @@ class Optimization:
     def autocast(self, cache: bool = False) -> AbstractContextManager[Any]:
         """The precision of sampling and training.
 
-        ``cache`` only without gradients: a weight cast under ``no_grad`` and reused inside a training pass would get no gradient."""
+        ``cache`` only where no gradient is wanted: a weight cast under ``no_grad`` must not serve a training pass. torch 2.15 knows
+        the difference; a version that does not would train nothing without a word.
+        """
         if self.settings.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.settings.precision), cache_enabled=cache)
