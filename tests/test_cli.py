@@ -102,6 +102,13 @@ def test_a_used_folder_is_never_mixed_with_a_new_run(tmp_path: Path) -> None:
     assert f"--resume {tmp_path}" in one_line(result.stderr)
 
 
+def test_several_processes_must_agree_on_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = visalign("train", "sd35_flow_grpo")
+    assert result.exit_code == 1
+    assert "give --out" in result.stderr
+
+
 def fake_model(folder: Path) -> Path:
     """A pipeline folder with headers and configurations only: what a plan may look at."""
     for name, tensors in {"transformer": {"blocks.0.attn.to_q.weight": (8, 4), "blocks.0.attn.to_out.0.weight": (4, 8),

@@ -96,7 +96,7 @@ def options(
              "  visalign train sd35_flow_grpo --plan                        what it would do and need, nothing is loaded\n\n"
              "  visalign train my.yaml train.groups=16 --out runs/first     run it\n\n"
              "  visalign train --resume runs/first                          continue it, exactly where it stopped\n\n"
-             "  torchrun --nproc_per_node 8 -m visalign train my.yaml       on several GPUs")
+             "  torchrun --nproc_per_node 8 -m visalign train my.yaml --out runs/first     on several GPUs")
 def train(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False,
                                                  help="A YAML file, or a recipe's name (visalign configs).")] = None,

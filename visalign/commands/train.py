@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 
 from rich.console import Console
@@ -25,13 +26,15 @@ def run(name: str | None, overrides: list[str], *, plan: bool, resume: Path | No
     elif name is None:
         raise ValueError("which configuration? visalign train CONFIG [key=value ...]; visalign configs lists the recipes")
     else:
+        if out is None and not plan and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("several processes need one folder: give --out, the default carries each process's own clock")
         config, folder = load_config(name, overrides), out or default_folder(Path(name).stem)
     if plan:
         from visalign.commands.plan import show
 
         show(config)
         return
-    if resume is None:
+    if resume is None and is_main():
         refuse_used_folder(folder)
     train(config, folder, resume=resume is not None)
 
@@ -42,12 +45,17 @@ def train(config: Config, folder: Path, *, resume: bool) -> None:
     from visalign.progress import Bars
 
     quiet_libraries()
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=not is_main())
     console.print(f"run folder: {folder}", highlight=False)
     loop(config, folder, resume=resume, callback=Bars(console))
     for what, path in (("adapter", folder / "adapter"), ("metrics", folder / "metrics.jsonl"), ("report", folder / "report.html")):
         if path.exists():
             console.print(f"{what:<8} {path}", highlight=False)
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes; known before any library is loaded."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def default_folder(name: str) -> Path:
