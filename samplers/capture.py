@@ -63,7 +63,12 @@ def capture(observer: Observer, call: PipelineCall, prompt: Prompt) -> Capture:
         CaptureError: something in the loop is neither a gather, nor affine in time, nor a known combination of predictions.
     """
     real = observer.run(call.one(prompt), stop_after=2)
-    if len(real.steps) < 2 or not observer.denoisers:
+    if len(real.steps) >= 2 and not observer.denoisers:
+        raise CaptureError(
+            f"{call.name} steps its scheduler several times per call of its denoiser (a correction inside the step, or one scheduler per "
+            "frame); visalign needs one scheduler.step per denoised state"
+        )
+    if len(real.steps) < 2:
         raise CaptureError(
             f"{call.name} took {len(real.steps)} scheduler step(s) and called {sorted(observer.denoisers) or 'no module'} in its loop; "
             "capture needs at least num_inference_steps=2 and a denoiser among the pipeline's components"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Codec:
     def __init__(self, observer: Observer, call: PipelineCall, capture: Capture, prompt: Prompt, rate: float) -> None:
         self.observer, self.call, self.capture, self.prompt, self.rate = observer, call, capture, prompt, rate
         self.output_type: str | None = None
+        self.own_draw = False
         self.noise_order, self.noise_scale, self.noise_dtype = self._find_noise()
         self._to_vae: tuple[Tensor, Tensor, Tensor, tuple[int, ...]] | None = None
 
@@ -68,6 +70,7 @@ class Codec:
             tolerance = 1e-5 if dtype == torch.float32 else 1e-2
             if torch.allclose(first.sort().values, (ratio * noise).sort().values, rtol=tolerance, atol=tolerance):
                 ratio = 1.0 if abs(ratio - 1) < 1e-4 else ratio
+                self.own_draw = True
                 if torch.allclose(first, ratio * noise, rtol=tolerance, atol=tolerance):
                     return None, ratio, dtype
                 order = torch.empty(first.numel(), dtype=torch.int64)
@@ -75,23 +78,30 @@ class Codec:
                 return order, ratio, dtype
         return None, scale if abs(scale / max(level.sigma, 1e-6) - 1) > 0.1 else max(level.sigma, 1e-6), torch.float32
 
-    def decode(self, latents: Tensor) -> list[Media]:
-        """Latents (B, *latent_shape) to canonical media."""
-        tensor = self.decode_tensor(latents, grad=False).detach().cpu()
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> list[Media]:
+        """Latents (B, *latent_shape) to canonical media; ``prompts`` as in `decode_tensor`."""
+        tensor = self.decode_tensor(latents, prompts).detach().cpu()
         if self.kind == "audio":
             return [Media("audio", wave.float(), rate=self.sample_rate) for wave in tensor]
         pixels = (tensor.float().clamp(0, 1) * 255).round().to(torch.uint8)
         return [Media("image", one) if self.kind == "image" else Media("video", one, rate=self.rate) for one in pixels]
 
-    def decode_tensor(self, latents: Tensor, grad: bool = False) -> Tensor:
-        """Media as a tensor: images (B, 3, H, W) and video (B, F, 3, H, W) in [0, 1], audio (B, channels, samples)."""
+    def decode_tensor(self, latents: Tensor, prompts: Sequence[Prompt] | None = None, grad: bool = False) -> Tensor:
+        """Media as a tensor: images (B, 3, H, W) and video (B, F, 3, H, W) in [0, 1], audio (B, channels, samples).
+
+        Args:
+            prompts: one per sample; their condition images take part in decoding (a video's first frame). ``None`` means the probe's.
+        """
         if tuple(latents.shape[1:]) != self.capture.latent_shape:
             raise ValueError(f"decode takes latents (B, {', '.join(map(str, self.capture.latent_shape))}), got {tuple(latents.shape)}")
-        if not self.capture.batched and latents.shape[0] > 1:
-            return torch.cat([self.decode_tensor(one[None], grad) for one in latents])
-        return self._to_tensor(self._finish(latents, grad), latents.shape[0])
+        sources = [self.prompt.images if prompts is None else prompt.images for prompt in (prompts or [self.prompt] * latents.shape[0])]
+        if len(set(sources)) > 1 or (not self.capture.batched and latents.shape[0] > 1):
+            singles = [prompts[k : k + 1] if prompts else None for k in range(latents.shape[0])]
+            return torch.cat([self.decode_tensor(one[None], single, grad) for one, single in zip(latents, singles, strict=True)])
+        source = replace(self.prompt, images=sources[0])
+        return self._to_tensor(self._finish(latents, source, grad), latents.shape[0])
 
-    def _finish(self, latents: Tensor, grad: bool) -> Any:
+    def _finish(self, latents: Tensor, prompt: Prompt, grad: bool) -> Any:
         """The pipeline's result when its loop ends in these latents."""
         last = self.capture.num_iterations - 1
         state = latents.to(self.capture.state_dtype)
@@ -103,7 +113,7 @@ class Codec:
         kinds = [self.output_type] if self.output_type else ["pt", "np", "pil"]
         problem: Exception | None = None
         for kind in kinds if self.call.understands("output_type") else [None]:
-            arguments = self.call.repeat(self.prompt, [0] * latents.shape[0], **({"output_type": kind} if kind else {}))
+            arguments = self.call.repeat(prompt, [0] * latents.shape[0], **({"output_type": kind} if kind else {}))
             try:
                 seen = self.observer.run(
                     arguments, answer_state=answer, answer_output=lambda k, call: call.output, grad=grad, freeze_encoders=True
@@ -200,7 +210,7 @@ class Codec:
         """What ``vae.decode`` receives when the loop ends in these latents, float64, without batch axis."""
         received: list[Tensor] = []
         with self._intercepted_vae(received), suppress(_Received):
-            self._finish(flat.reshape(1, *self.capture.latent_shape), grad=False)
+            self._finish(flat.reshape(1, *self.capture.latent_shape), self.prompt, grad=False)
         if not received:
             raise CaptureError(f"{self.call.name} decodes without vae.decode; encode_media needs a VAE")
         return received[0][0].double().cpu()

@@ -163,10 +163,12 @@ class Observer:
                 )
             if seen.steps:
                 self.denoisers.update(call.module for call in pending)
+            _unshare(pending, given["sample"])
+            sample, model_output = given["sample"].detach().clone(), given["model_output"]
             out = step(*args, **kwargs)
             own = out[0] if isinstance(out, tuple) else out.prev_sample
-            new = own if answer_state is None else answer_state(len(seen.steps), given["sample"], given["model_output"])
-            seen.steps.append(ObservedStep(float(given["timestep"]), given["sample"], given["model_output"], list(pending), new))
+            new = own if answer_state is None else answer_state(len(seen.steps), sample, model_output)
+            seen.steps.append(ObservedStep(float(given["timestep"]), sample, model_output, list(pending), new))
             pending.clear()
             if stop_after is not None and len(seen.steps) >= stop_after:
                 raise _Stop
@@ -212,6 +214,17 @@ class Observer:
                     object.__delattr__(owner, attribute)
                 else:
                     object.__setattr__(owner, attribute, original)
+
+
+def _unshare(calls: list[ObservedCall], state: Tensor) -> None:
+    """Copy recorded arguments that share memory with the state: some loops write the next state in place."""
+    memory = state.untyped_storage().data_ptr()
+
+    def copied(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() == memory else leaf
+
+    for call in calls:
+        call.arguments = {name: pytree.tree_map(copied, value) for name, value in call.arguments.items()}
 
 
 def _detached(output: Any) -> Any:

@@ -94,7 +94,7 @@ class GaussianPolicy(nn.Module):
         world = GaussianWorld(mean=self.mean + offset + shift, var=self.var)
         return world.predict(x.to(torch.promote_types(x.dtype, self.mean.dtype)), self.schedule.levels[step])
 
-    def decode(self, latents: Tensor) -> list[Media]:
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> list[Media]:
         """Audio: the latents themselves, one sample per second. Image: [-1, 1] rounded to uint8."""
         if self.media == "audio":
             return [Media(kind="audio", data=latent.detach().float(), rate=1.0) for latent in latents]

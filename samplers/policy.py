@@ -236,17 +236,23 @@ class PipelinePolicy:
         return list(tensor.reshape(batch, site.copies, *tensor.shape[1:]).unbind(1))
 
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
-        """What the pipeline itself would start from with ``generator=torch.Generator("cpu").manual_seed(seed)``, one per seed."""
+        """What the pipeline itself would start from with ``generator=torch.Generator("cpu").manual_seed(seed)``, one per seed.
+
+        A pipeline that draws condition latents from the same generator first starts elsewhere; then the draw is ours
+        (``codec.own_draw`` is False): the same distribution, not the same sample."""
         return torch.stack([self.codec.initial(seed) for seed in seeds]).to(self.device)
 
-    def decode(self, latents: Tensor) -> list[Media]:
-        """Clean latents (B, *latent_shape) to media through the pipeline's own code."""
-        with torch.no_grad():
-            return self.codec.decode(latents)
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> list[Media]:
+        """Clean latents (B, *latent_shape) to media through the pipeline's own code.
 
-    def decode_tensor(self, latents: Tensor) -> Tensor:
+        ``prompts`` (B) matter to pipelines that join condition images into their result; without them the probe's are used.
+        """
+        with torch.no_grad():
+            return self.codec.decode(latents, prompts)
+
+    def decode_tensor(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> Tensor:
         """As `decode`, float in [0, 1] (images, video) or [-1, 1] (audio), differentiable with respect to ``latents``."""
-        return self.codec.decode_tensor(latents, grad=torch.is_grad_enabled())
+        return self.codec.decode_tensor(latents, prompts, grad=torch.is_grad_enabled())
 
     def encode_media(self, media: Sequence[Media]) -> Tensor:
         """Media to clean latents (B, *latent_shape): the pipeline's VAE encoder followed by the inverse of its decode path."""

@@ -27,6 +27,7 @@ class ProbeRuns:
     ones: Observation
     state_digits: list[Observation]
     output_digits: list[Observation]
+    output_double: Observation
     random: list[Observation]
 
 
@@ -68,6 +69,7 @@ def probe_runs(observer: Observer, one: Callable[[], dict[str, Any]]) -> ProbeRu
         ones=run(_constant(1.0), _same_rows(0), num_steps),
         state_digits=[run(_state_digit(place), _same_rows(0), num_steps) for place in range(len(digits(sample.numel())))],
         output_digits=[run(_constant(0.0), _row_digit(place), num_steps) for place in range(len(digits(max(row_sizes, default=1))))],
+        output_double=run(_constant(0.0), lambda like: 2 * _row_digit(0)(like), num_steps),
         random=random,
     )
 

@@ -220,11 +220,15 @@ def _find_output(runs: ProbeRuns, k: int, j: int) -> OutputSlot | None:
         return None
     row_numel = parts[0].numel() if as_list else parts[0][0].numel()
     answers = [trim(run.steps[k].model_output, step.sample).double() for run in runs.output_digits[: len(digits(row_numel))]]
+    # What does not come from this output (a state that the pipeline mixes in) cancels in the difference to the doubled first digit.
+    double = trim(runs.output_double.steps[k].model_output, step.sample).double()
+    first = double - answers[0]
     # The smallest digit is 1 and always present, so it shows the scale: the sum of the guidance weights, nearly always 1 or -1.
-    smallest = answers[0].flatten()[answers[0].abs().flatten().argmin()]
+    smallest = first.flatten()[first.abs().flatten().argmin()]
     if smallest == 0 or not torch.isfinite(smallest):
         return None
-    gather = decode_gather([answer / smallest for answer in answers], torch.ones_like(answers[0], dtype=torch.bool), row_numel)
+    coded = [first / smallest] + [(answer - double + 2 * first) / smallest for answer in answers[1:]]
+    gather = decode_gather(coded, torch.ones_like(first, dtype=torch.bool), row_numel)
     if gather is None:
         return None
     return OutputSlot(gather, as_list)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from visalign.samplers.observe import CaptureError
@@ -50,13 +52,13 @@ def verify(policy: PipelinePolicy) -> CaptureReport:
     latent_errors: list[float] = []
     decode_errors: list[float] = []
     other = OTHER if policy.call.understands("prompt") else "1"
-    prompts = (policy.probe, replace(policy.probe, text=other))
+    prompts = (policy.probe, replace(policy.probe, text=other, images=tuple(_mirrored(path) for path in policy.probe.images)))
     for prompt in prompts:
         seen = policy.observer.run(policy.call.one(prompt, **_pt(policy)), answer_state=None if own else _first_order(policy))
         theirs = _state(policy, seen.steps[-1].returned)
         latent_errors.append(relative(replay(policy, prompt, _state(policy, seen.steps[0].sample)), theirs))
         direct = policy.codec._to_tensor(seen.result, 1)
-        decode_errors.append(float((policy.codec.decode_tensor(theirs).float() - direct.float()).abs().max()))
+        decode_errors.append(float((policy.codec.decode_tensor(theirs, [prompt]).float() - direct.float()).abs().max()))
     error, parity = max(latent_errors), "own scheduler" if own else "first-order run"
     batch = _batch_error(policy, prompts)
     if batch > tolerance and policy.capture.batched:
@@ -116,11 +118,18 @@ def _batch_error(policy: PipelinePolicy, prompts: tuple[Prompt, Prompt]) -> floa
     return relative(together, apart)
 
 
+def _mirrored(path: str) -> str:
+    """Another condition image of the same size: this one upside down, in a temporary file."""
+    with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
+        ImageOps.flip(Image.open(path).convert("RGB")).save(file)
+    return file.name
+
+
 def _state(policy: PipelinePolicy, sample: Tensor) -> Tensor:
     return sample.reshape(1, *policy.latent_shape).float()
 
 
-def _pt(policy: PipelinePolicy) -> dict[str, str]:
+def _pt(policy: PipelinePolicy) -> dict[str, Any]:
     if policy.codec.output_type is None:
         policy.codec.decode_tensor(policy.initial_latents([0]))
     return {"output_type": policy.codec.output_type} if policy.codec.output_type else {}
@@ -165,7 +174,8 @@ def describe_capture(policy: PipelinePolicy, parity: str, latent: float, decode:
     scales = sorted({round(scale, 4) for plan in found.plans for scale in plan.scales})
     rows.append(("input scale", "1" if scales == [1.0] else f"{scales[0]:g} ... {scales[-1]:g} by step"))
     rows.append(("batching", "rows" if found.batched else f"one sample at a time ({found.batch_note})"))
-    rows.append(("initial noise", "the pipeline's own draw per seed" + ("" if policy.codec.noise_order is None else ", rearranged")))
+    own = "the pipeline's own draw per seed" + ("" if policy.codec.noise_order is None else ", rearranged")
+    rows.append(("initial noise", own if policy.codec.own_draw else "our draw per seed (the pipeline's generator draws conditions first)"))
     rows.append(("parity", f"latents {latent:.1e} ({parity}), decode {decode:.1e}, batch {batch:.1e}"))
     return rows
 

@@ -123,7 +123,7 @@ def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], pr
         with autocast():
             latents = sampler.generate(policy, [prompts[k] for k in rows], [seeds[k] for k in rows])
         with torch.no_grad():
-            made += zip(rows, policy.decode(latents), strict=True)
+            made += zip(rows, policy.decode(latents, [prompts[k] for k in rows]), strict=True)
         progress(min(len(prompts), len(made) * processes.world), len(prompts))
     gathered = dict(pair for part in processes.gather_objects(made) for pair in part)
     if not processes.is_main:

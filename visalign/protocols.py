@@ -55,8 +55,8 @@ class Policy(Protocol):
 
         Differentiable in the trainable weights and in ``x`` for every role but those without trainable weights."""
 
-    def decode(self, latents: Tensor) -> list[Media]:
-        """Clean latents (B, *latent_shape) to media, through the pipeline's own decode path."""
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> list[Media]:
+        """Clean latents (B, *latent_shape) to media, through the pipeline's own decode path; ``prompts`` are the samples' (B)."""
 
     def named_trainable(self) -> Mapping[str, nn.Parameter]:
         """The trained tensors by stable name: what optimizer, EMA, checkpoint and adapter files see."""
