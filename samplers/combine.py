@@ -32,6 +32,8 @@ class Combination:
         weights: one per prediction row of the step, in call order.
         state_weight: weight of the state itself, 0 unless the pipeline preconditions by hand.
         correction, conditional, strength: the nonlinear factor, the row it compares with, and its parameter.
+        axis, profile: when weights differ along one axis of the state (guidance per frame or on some channels), that axis of (B, ...)
+            and each row's weights along it; ``weights`` are then their largest magnitudes.
         residual: relative residual of the fit.
     """
 
@@ -40,10 +42,16 @@ class Combination:
     correction: Correction = "none"
     conditional: int = 0
     strength: float = 0.0
+    axis: int | None = None
+    profile: tuple[tuple[float, ...], ...] = ()
     residual: float = 0.0
 
     def __call__(self, predictions: Sequence[Tensor], state: Tensor) -> Tensor:
         """Combine rows of shape (B, ...) at state (B, ...); differentiable."""
+        if self.axis is not None:
+            shape = [-1 if axis == self.axis else 1 for axis in range(state.ndim)]
+            shaped = [torch.tensor(weights).to(state).reshape(shape) for weights in self.profile]
+            return torch.stack([weights * row for weights, row in zip(shaped, predictions, strict=True)]).sum(dim=0)
         used = [(weight, row) for weight, row in zip(self.weights, predictions, strict=True) if weight != 0]
         out = used[0][1] if used[0][0] == 1 else used[0][0] * used[0][1]
         for weight, row in used[1:]:
@@ -53,6 +61,8 @@ class Combination:
         return out if self.state_weight == 0 else out + self.state_weight * state
 
     def describe(self) -> str:
+        if self.axis is not None:
+            return " ".join(f"{row[0]:+.4g}..{row[-1]:+.4g}" for row in self.profile) + f" along axis {self.axis}"
         text = " ".join(f"{weight:+.4g}" for weight in self.weights)
         if self.correction != "none":
             text += f" with {self.correction}" + (f" {self.strength:.3g}" if self.strength else "")
@@ -92,6 +102,9 @@ def fit_combination(runs: Sequence[Sequence[Tensor]], answers: Sequence[Tensor],
     weights, residual = _solve([[*one, state] for one, state in zip(rows, inputs, strict=True)], targets)
     if residual < tolerance:
         return Combination(tuple(weights[:-1]), weights[-1], residual=residual)
+    by_axis = _along_axis(rows, targets, tolerance)
+    if by_axis is not None:
+        return by_axis
     best = residual
     for candidate in _nonlinear(rows, targets):
         error = max(
@@ -105,6 +118,25 @@ def fit_combination(runs: Sequence[Sequence[Tensor]], answers: Sequence[Tensor],
         f"{residual:.2g}) nor one of guidance rescale, token norm or norm cap (best {best:.2g}). Switch off the guidance option "
         "that mixes predictions nonlinearly (APG, CFG-Zero*, perturbed or adaptive guidance), or set its strength to 0"
     )
+
+
+def _along_axis(rows: Sequence[Sequence[Tensor]], targets: Sequence[Tensor], tolerance: float) -> Combination | None:
+    """Linear weights that differ along one axis of the state: guidance per frame, or on the first channels only."""
+    for axis in range(1, targets[0].ndim):
+        size = targets[0].shape[axis]
+        # A slice with few elements could be fitted by chance.
+        if size < 2 or sum(target.numel() for target in targets) // size < 8 * (len(rows[0]) + 1):
+            continue
+        slices = [
+            _solve([[row.select(axis, i) for row in one] for one in rows], [target.select(axis, i) for target in targets])
+            for i in range(size)
+        ]
+        residual = max(slice_residual for _, slice_residual in slices)
+        if residual < tolerance:
+            profile = tuple(zip(*(weights for weights, _ in slices), strict=True))
+            weights = tuple(max(row, key=abs) for row in profile)
+            return Combination(weights, axis=axis, profile=profile, residual=residual)
+    return None
 
 
 def _solve(runs: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> tuple[list[float], float]:

@@ -59,6 +59,19 @@ def test_named_nonlinear_corrections_are_recovered(true):
     assert torch.allclose(found(fresh_runs[0], fresh_states[0]), fresh_answers[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_guidance_that_differs_along_one_axis_is_recovered(axis):
+    size = (1, 6, 16, 8)[axis]
+    scales = [1.0 + i / 2 for i in range(size)]
+    true = Combination((9.0, 9.0), axis=axis, profile=(tuple(1 - s for s in scales), tuple(scales)))
+    found = fit_combination(*observe(true, shape=(1, 6, 16, 8)), step=0)
+    assert found.axis == axis
+    for expected, weights in zip(true.profile, found.profile, strict=True):
+        assert weights == pytest.approx(expected, abs=1e-6)
+    rows, state = [torch.randn(3, 6, 16, 8) for _ in range(2)], torch.zeros(3, 6, 16, 8)
+    assert torch.allclose(found(rows, state), true(rows, state), atol=1e-5)
+
+
 def test_unknown_nonlinear_guidance_is_refused_with_its_residual_and_a_way_out():
     def adaptive(rows, state):
         return rows[0] + 3.0 * torch.tanh(rows[1] - rows[0])
