@@ -264,6 +264,7 @@ def test_a_prediction_without_gradients_does_not_cost_the_next_one_its_gradient(
 # --- processes --------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(tmp_path):
     """torchrun with gloo against this process: same samples, same metrics, same weights up to the order of sums (1e-6)."""
     overrides = ["train.groups=4", "train.iterations=3", "evaluation.num_prompts=5"]
