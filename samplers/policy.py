@@ -90,12 +90,14 @@ class PipelinePolicy:
         self._families: list[Any] = []
 
     @classmethod
-    def from_pipeline(cls, pipe: Any, **call: Any) -> PipelinePolicy:
-        """The policy of a pipeline object under these call arguments."""
-        return cls(pipe, call)
+    def from_pipeline(cls, pipe: Any, *, probe: Prompt = PROBE, **call: Any) -> PipelinePolicy:
+        """The policy of a pipeline object under these call arguments; ``probe`` is a prompt of the kind it will be given."""
+        return cls(pipe, call, probe=probe)
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", **call: Any) -> PipelinePolicy:
+    def from_pretrained(
+        cls, path_or_id: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", probe: Prompt = PROBE, **call: Any
+    ) -> PipelinePolicy:
         """Load a pipeline folder or hub id with diffusers and capture it.
 
         Raises:
@@ -104,14 +106,14 @@ class PipelinePolicy:
         from diffusers import DiffusionPipeline
 
         try:
-            pipe = DiffusionPipeline.from_pretrained(path_or_id, torch_dtype=dtype)
+            pipe = DiffusionPipeline.from_pretrained(path_or_id, dtype=dtype)
         except (OSError, ValueError) as error:
             where = "exists but is no diffusers pipeline" if FilePath(path_or_id).exists() else "is not on disk and could not be fetched"
             raise ValueError(
                 f"cannot load {path_or_id!r}: it {where}. Give a folder with model_index.json, or a hub id this machine can reach. "
                 f"diffusers said: {str(error).splitlines()[0]}"
             ) from error
-        return cls(pipe.to(device), call)
+        return cls(pipe.to(device), call, probe=probe)
 
     def with_call(self, **changes: Any) -> PipelinePolicy:
         """The same weights under other call arguments (more steps, other guidance), captured anew."""

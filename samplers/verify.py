@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,12 +48,18 @@ def verify(policy: PipelinePolicy) -> CaptureReport:
     Raises:
         CaptureError: a mismatch beyond the tolerance of the pipeline's dtype; the message names the part that differs.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        other = OTHER if policy.call.understands("prompt") else "1"
+        images = tuple(_mirrored(path, Path(folder)) for path in policy.probe.images)
+        return _compare(policy, (policy.probe, replace(policy.probe, text=other, images=images)))
+
+
+def _compare(policy: PipelinePolicy, prompts: tuple[Prompt, Prompt]) -> CaptureReport:
+    """`verify` for these two prompts."""
     tolerance = TOLERANCES[policy.capture.sites[0].latent.dtype if policy.capture.sites[0].latent else torch.float32]
     own = policy.capture.fit.first_order
     latent_errors: list[float] = []
     decode_errors: list[float] = []
-    other = OTHER if policy.call.understands("prompt") else "1"
-    prompts = (policy.probe, replace(policy.probe, text=other, images=tuple(_mirrored(path) for path in policy.probe.images)))
     for prompt in prompts:
         seen = policy.observer.run(policy.call.one(prompt, **_pt(policy)), answer_state=None if own else _first_order(policy))
         theirs = _state(policy, seen.steps[-1].returned)
@@ -118,11 +125,11 @@ def _batch_error(policy: PipelinePolicy, prompts: tuple[Prompt, Prompt]) -> floa
     return relative(together, apart)
 
 
-def _mirrored(path: str) -> str:
-    """Another condition image of the same size: this one upside down, in a temporary file."""
-    with tempfile.NamedTemporaryFile(suffix=".png", delete=False) as file:
-        ImageOps.flip(Image.open(path).convert("RGB")).save(file)
-    return file.name
+def _mirrored(path: str, folder: Path) -> str:
+    """Another condition image of the same size: this one upside down, as a file in ``folder``."""
+    mirrored = folder / f"{len(list(folder.iterdir()))}.png"
+    ImageOps.flip(Image.open(path).convert("RGB")).save(mirrored)
+    return str(mirrored)
 
 
 def _state(policy: PipelinePolicy, sample: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Literal
@@ -23,6 +24,8 @@ from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import TrajectorySampler
 from visalign.types import Prompt
 
+logger = logging.getLogger(__name__)
+
 
 def build(config: Config, processes: Processes) -> Parts:
     """Everything a run needs, in the order that fails earliest: small files first, weights last.
@@ -35,7 +38,7 @@ def build(config: Config, processes: Processes) -> Parts:
     terms, guards = build_rewards(config)
     # One seed for all processes: every one of them must draw the same adapter.
     checkpoint.seed_everything(derive_seed(config.train.seed, 0))
-    policy = build_policy(config, processes)
+    policy = build_policy(config, processes, probe=prompts[0])
     checkpoint.seed_everything(derive_seed(config.train.seed, 1, processes.rank))
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
     return Parts(policy=policy, eval_policy=eval_policy, sampler=sampler, algorithm=build_algorithm(config), terms=terms, guards=guards,
@@ -93,11 +96,12 @@ def unique_names(entries: Sequence[RewardConfig | GuardConfig]) -> Mapping[str, 
     return named
 
 
-def build_policy(config: Config, processes: Processes) -> PipelinePolicy:
-    """Load the pipeline, capture it, and choose what learns."""
+def build_policy(config: Config, processes: Processes, probe: Prompt) -> PipelinePolicy:
+    """Load the pipeline, capture it with one of its own prompts, prove the capture by replay, and choose what learns."""
     model, trainable = config.model, config.trainable
     policy = PipelinePolicy.from_pretrained(str(resolve_path(model.path)), dtype=getattr(torch, model.dtype), device=str(processes.device),
-                                            **model.call)
+                                            probe=probe, **model.call)
+    logger.info("captured %s: %s", model.path, policy.verify().rows[-1][1])
     if trainable.mode == "lora":
         init: bool | Literal["gaussian"] = True if trainable.init == "default" else "gaussian"
         alpha = trainable.rank if trainable.alpha is None else trainable.alpha

@@ -83,8 +83,9 @@ class Loop:
         self.geometry = geometry(config, processes)
         if parts.algorithm.needs_reference and not parts.policy.has_role("reference"):
             raise ValueError("algorithm.kl_weight > 0 needs a reference, and the policy has none; train an adapter, or set kl_weight to 0")
-        for term in parts.terms:
-            scoring.check_prompts(term.reward.spec, parts.prompts, term.name)
+        trained = {term.name: term.reward for term in parts.terms}
+        scoring.admit(trained, parts.prompts)
+        scoring.admit({**trained, **parts.guards}, parts.eval_prompts)
         trainable = parts.policy.named_trainable()
         self.state = State(iteration=0, optimization=Optimization(trainable, config.train, processes.device),
                            ema=None if config.ema is None else EMA(trainable, config.ema.decay),
@@ -140,7 +141,7 @@ class Loop:
         """Advantages from the statistics of all processes' samples; this process keeps its own rows."""
         everyone = concatenate_scores(self.processes.gather_objects(dict(scores)))
         group_id = torch.arange(self.geometry.samples) // self.geometry.group_size
-        self.state.breaker.update(everyone)
+        self.state.breaker.update({term.name: everyone[term.name] for term in self.parts.terms if term.required})
         credit = assign_credit(self.parts.terms, everyone, group_id, AdvantageRule(**self.config.algorithm.advantage.model_dump()))
         invariants.check_advantages(credit.advantage, everyone, group_id)
         share = self.processes.share(self.geometry.samples)

@@ -51,7 +51,7 @@ def load_pipeline(model: str, dtype: str, device: str, adapter: Path | None = No
     local = path != model or Path(path).exists() or path.startswith((".", "/", "~"))
     if local and not (Path(path) / "model_index.json").is_file():
         raise ValueError(f"'{model}' is not a diffusers pipeline: no model_index.json in {Path(path).resolve()}")
-    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=torch_dtype(dtype))
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=torch_dtype(dtype))
     if adapter is not None:
         load_adapter(pipeline, adapter)
     pipeline.set_progress_bar_config(disable=True)
@@ -75,7 +75,7 @@ def load_adapter(pipeline: Any, adapter: Path) -> None:
             setattr(pipeline, name, PeftModel.from_pretrained(module, str(adapter / name)))
             found = True
         elif (adapter / name / "config.json").is_file():
-            setattr(pipeline, name, type(module).from_pretrained(adapter / name, torch_dtype=module.dtype))
+            setattr(pipeline, name, type(module).from_pretrained(adapter / name, dtype=module.dtype))
             found = True
     if not found:
         raise ValueError(f"adapter '{adapter}': nothing in this folder fits the pipeline; a finished run's is RUN/adapter")
