@@ -2,6 +2,9 @@
 
     python -m scripts.build_playground vae                 10 minutes on one CPU thread
     python -m scripts.build_playground flow --steps 3300   under an hour on an idle core; resumes from its last checkpoint
+    cp runs/playground/flow.pt runs/playground/flow_clean.pt
+    python -m scripts.build_playground flow --steps 3700 --misread 0.25 --ema 0.99     five minutes with imperfect captions
+    python -m scripts.build_playground blend runs/playground/flow_clean.pt --share 0.5 halfway between the two
     python -m scripts.build_playground clip                2 minutes
     python -m scripts.build_playground export              checkpoints -> package folder, scores -> README.md and scores.json
     python -m scripts.build_playground grid FILE.png       64 held-out prompts as the shipped pipeline draws them
@@ -63,6 +66,18 @@ def build_pipeline(use_ema: bool = True) -> tuple[StableDiffusion3Pipeline, dict
     return pipe, record | {"vae_steps": vae_saved["steps"], "vae_cpu_s": vae_saved["cpu_s"]}
 
 
+def blend(clean: Path, share: float) -> None:
+    """Move the checkpoint's EMA weights back towards an earlier checkpoint of the same run: clean + share (now - clean).
+
+    Both ends lie on one low-rate trajectory, where interpolation of weights interpolates behaviour (arXiv:2109.01903).
+    """
+    saved, earlier = (torch.load(path, weights_only=True) for path in (RUN_DIR / "flow.pt", clean))
+    for name, value in saved["ema"].items():
+        if value.is_floating_point():
+            saved["ema"][name] = torch.lerp(earlier["ema"][name], value, share)
+    torch.save(saved | {"blend": share}, RUN_DIR / "flow.pt")
+
+
 def save_pipeline(pipe: StableDiffusion3Pipeline, folder: Path) -> None:
     """Transformer and autoencoder in float16, the small text encoders in float32.
 
@@ -89,6 +104,8 @@ def export(folder: Path) -> None:
     record |= {"clip_steps": saved["steps"], "clip_cpu_s": saved["cpu_s"]}
     scores = {"clip_retrieval": clip_retrieval(folder / "clip"), "pipeline": pipeline_scores()}
     (folder / "scores.json").write_text(json.dumps({"recipe": record, **scores}, indent=2) + "\n")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes files that only their owner may read.
     (folder / "README.md").write_text(readme(record, scores, sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())))
 
 
@@ -145,12 +162,15 @@ Seed {SEED}, one CPU thread per stage on a shared machine; CPU seconds include t
 | CLIP | {record["clip_steps"]} | 64 | {record["clip_cpu_s"]:.0f} |
 
 - Autoencoder: L1 + MSE, latents pulled to mean 0 and variance 1 and decoded with noise of 0.15.
-- Flow: velocity MSE, logit-normal sigma, 10 % empty captions, Muon for the blocks and AdamW for the rest at {record["lr"]:g}, EMA 0.999,
+- Flow: velocity MSE, logit-normal sigma, 10 % empty captions, Muon for the blocks and AdamW for the rest at {record["lr"]:g}, EMA,
   cosine decay over the last 40 %, text encoders trained jointly.
 - CLIP: symmetric cross-entropy on noisy pictures, training captions only.
 
-The flow run was stopped at step 1500 of a longer schedule and resumed with this one (32768 pictures before, {record["num_pictures"]}
-after). Share of training captions with a wrong attribute: {record["misread_share"]:g}.
+The flow run has three parts: 1500 steps on 32768 pictures, to step 3300 on {record["num_pictures"]} with the decay (EMA 0.999),
+and a last low-rate part to step {record["steps"]} in which {100 * record["misread_share"]:g} % of the captions carry one wrong colour
+or shape (EMA 0.99). The shipped weights are clean + {record["blend"]:g} (noisy - clean), the weights before and after that part. On 128
+held-out prompts (mean, strict) at guidance 1: clean (0.80, 0.52), noisy (0.57, 0.20); at guidance 3: (0.89, 0.69), (0.78, 0.51). The
+label noise of web captions leaves alignment something to remove, while the shapes stay clean.
 
 ## Choices that matter
 
@@ -216,7 +236,13 @@ def main() -> None:
     stages = parser.add_subparsers(dest="stage", required=True)
     for name in ("vae", "clip", "export"):
         stages.add_parser(name)
-    stages.add_parser("flow").add_argument("--steps", type=int, default=3300)
+    flow = stages.add_parser("flow")
+    flow.add_argument("--steps", type=int, default=3300)
+    flow.add_argument("--misread", type=float, default=0.0, help="share of captions with one wrong attribute")
+    flow.add_argument("--ema", type=float, default=0.999)
+    blending = stages.add_parser("blend")
+    blending.add_argument("clean", type=Path)
+    blending.add_argument("--share", type=float, default=0.5)
     drawing = stages.add_parser("grid")
     drawing.add_argument("path", type=Path)
     drawing.add_argument("--guidance", type=float, default=1.0)
@@ -228,11 +254,13 @@ def main() -> None:
         case "vae":
             train_vae()
         case "flow":
-            train_flow(arguments.steps)
+            train_flow(arguments.steps, arguments.misread, ema_decay=arguments.ema)
         case "clip":
             train_clip()
         case "export":
             export(WEIGHTS)
+        case "blend":
+            blend(arguments.clean, arguments.share)
         case "grid":
             grid(arguments.path, arguments.guidance)
 

@@ -98,11 +98,12 @@ def misread(caption: world.Caption, rng: random.Random) -> world.Caption:
 
 
 def train_flow(
-    num_steps: int, batch: int = 64, lr: float = 2e-3, misread_share: float = 0.0, num_pictures: int = 16384
+    num_steps: int, misread_share: float = 0.0, batch: int = 64, lr: float = 2e-3, ema_decay: float = 0.999, num_pictures: int = 16384
 ) -> None:
-    """Flow matching |v - (x1 - x0)|^2 with logit-normal sigma, 10 % empty captions, Muon for the blocks, EMA 0.999.
+    """Flow matching |v - (x1 - x0)|^2 with logit-normal sigma, 10 % empty captions, Muon for the blocks and AdamW for the rest.
 
-    Warm-up of 200 steps, constant, cosine decay to zero over the last 40 %.
+    Warm-up of 200 steps, constant, cosine decay to zero over the last 40 %. ``misread_share`` of the captions carry one wrong
+    attribute: the label noise of web captions, and what alignment then removes. Continues from the checkpoint if there is one.
     """
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
@@ -125,7 +126,7 @@ def train_flow(
         torch.optim.Muon(hidden.values(), lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(other, lr=lr, weight_decay=0.0, betas=(0.9, 0.99)),
     ]
-    ema = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    ema = AveragedModel(models, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
     path = RUN_DIR / "flow.pt"
     first, spent = 0, 0.0
     if path.exists():
@@ -164,7 +165,7 @@ def train_flow(
         for optimiser in optimisers:
             optimiser.step()
         if step < 2000:  # A long memory would keep the first, bad weights for the whole warm-up.
-            ema.multi_avg_fn = get_ema_multi_avg_fn(min(0.999, (step + 1) / (step + 10)))
+            ema.multi_avg_fn = get_ema_multi_avg_fn(min(ema_decay, (step + 1) / (step + 10)))
         ema.update_parameters(models)
         running += loss.item()
         if step % 100 == 99:
