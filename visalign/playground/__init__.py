@@ -70,7 +70,9 @@ def load_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusion3Pipeli
     """The pretrained pipeline on the CPU, without a progress bar."""
     from diffusers import StableDiffusion3Pipeline  # Takes seconds to import; the renderer and the verifier do not need it.
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path()).to(dtype)
+    pipe = StableDiffusion3Pipeline.from_pretrained(pipeline_path())
+    if dtype != torch.float32:
+        pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
