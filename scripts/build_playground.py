@@ -168,8 +168,8 @@ Seed {SEED}, one CPU thread per stage on a shared machine; CPU seconds include t
 
 The flow run has three parts: 1500 steps on 32768 pictures, to step 3300 on {record["num_pictures"]} with the decay (EMA 0.999),
 and a last low-rate part to step {record["steps"]} in which {100 * record["misread_share"]:g} % of the captions carry one wrong colour
-or shape (EMA 0.99). The shipped weights are clean + {record.get("blend", 1):g} (noisy - clean), the weights before and after that part. On 128
-held-out prompts (mean, strict) at guidance 1: clean (0.80, 0.52), noisy (0.57, 0.20); at guidance 3: (0.89, 0.69), (0.78, 0.51). The
+or shape (EMA 0.99). The shipped weights are clean + {record.get("blend", 1):g} (noisy - clean), the weights before and after that part.
+On 128 held-out prompts (mean, strict) at guidance 1: clean (0.80, 0.52), noisy (0.57, 0.20); at guidance 3: (0.89, 0.69), (0.78, 0.51). The
 label noise of web captions leaves alignment something to remove, while the shapes stay clean.
 
 ## Choices that matter
