@@ -33,6 +33,7 @@ class Family:
         call: what a user passes on every call besides the prompt.
         special: what makes capturing this family interesting.
         images: condition images per prompt.
+        sampled_condition: the pipeline draws its condition latents with the call's generator; capture takes seed 0's draw for every seed.
         prompts: two texts of different length, or class labels for class-conditional models.
         expected: "passed", or "refused" for families that no capture can express.
     """
@@ -42,6 +43,7 @@ class Family:
     call: Mapping[str, Any]
     special: str
     images: int = 0
+    sampled_condition: bool = False
     prompts: tuple[str, str] = ("a photo of a dog", "two red squares above a very large green circle")
     expected: str = "passed"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -83,6 +85,7 @@ def _embeds(hidden: int = 32) -> dict[str, torch.Tensor]:
 _IMAGE = {"num_inference_steps": 4, "height": 16, "width": 16}
 _VIDEO = {**_IMAGE, "num_frames": 5}
 _PIXELS = {"num_inference_steps": 4, "height": 8, "width": 8}
+_TEMPLATE = {"prompt_template": {"template": "{}", "crop_start": 0}}
 _BLURRY = {"negative_prompt": "blurry"}
 
 FAMILIES: tuple[Family, ...] = (
@@ -116,6 +119,8 @@ FAMILIES: tuple[Family, ...] = (
            "a second network feeds residuals to the denoiser", images=1),
     Family("InstructPix2Pix", unets.instruct_pix2pix, {"num_inference_steps": 4, "guidance_scale": 5.0, "image_guidance_scale": 1.5, **_BLURRY},
            "three rows per sample, condition latents on the channel axis", images=1),
+    Family("Stable Diffusion, inpainting", unets.sd_inpaint, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "mask_image": _mask()},
+           "mask and masked latents on the channel axis", images=1, sampled_condition=True),
     Family("Stable Diffusion, image to image", unets.sd_image_to_image, {"num_inference_steps": 6, "strength": 0.6, "guidance_scale": 5.0},
            "starts part of the way", images=1, expected="refused"),
     Family("Kolors", unets.kolors, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 48}, "ChatGLM text encoder, sequence-first"),
@@ -128,11 +133,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("DDIM, clipped", unets.ddim_clipped, {"num_inference_steps": 4}, "scheduler clips its x0 estimate"),
     Family("DiT", dit.dit, {"num_inference_steps": 4, "guidance_scale": 4.0}, "class labels; guidance on half the rows; learned variance", prompts=("207", "3")),
     Family("Flux Kontext", dit.flux_kontext, {**_IMAGE, "guidance_scale": 3.5, "max_sequence_length": 24, "max_area": 256, "_auto_resize": False},
-           "condition tokens behind the state's tokens", images=1),
+           "condition tokens behind the state's tokens", images=1, sampled_condition=True),
     Family("Flux Fill", dit.flux_fill, {**_IMAGE, "guidance_scale": 30.0, "max_sequence_length": 24, "mask_image": _mask()},
-           "masked image and mask on the channel axis", images=1),
+           "masked image and mask on the channel axis", images=1, sampled_condition=True),
     Family("Flux Control", dit.flux_control, {**_IMAGE, "guidance_scale": 10.0, "max_sequence_length": 24, "control_image": _mask("RGB")},
-           "control latents on the channel axis"),
+           "control latents on the channel axis", sampled_condition=True),
     Family("Flux 2 Klein", dit.flux2_klein, {**_IMAGE, "guidance_scale": 4.0, "max_sequence_length": 64, "text_encoder_out_layers": (1, 2)},
            "batch-normalised patched latents"),
     Family("Chroma", dit.chroma, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24}, "modulation from an approximator; attention masks"),
@@ -159,6 +164,58 @@ FAMILIES: tuple[Family, ...] = (
     Family("Qwen-Image-Edit", dit.qwen_image_edit, {"num_inference_steps": 3, "height": 256, "width": 256, **_BLURRY, "true_cfg_scale": 4.0},
            "condition tokens behind the state's tokens; images in the text encoder", images=1),
     Family("Amused", dit.amused, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0}, "masked tokens, no noise", expected="refused"),
+    Family("CogVideoX image to video", videos.cogvideox_image, {**_VIDEO, **_BLURRY, "guidance_scale": 6.0, "max_sequence_length": 24},
+           "condition frames on the channel axis", images=1, sampled_condition=True),
+    Family("Wan 2.1 image to video", videos.wan_image, {**_VIDEO, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24},
+           "mask and condition latents on the channel axis; image encoder", images=1),
+    Family("Wan 2.2 image to video", videos.wan22_image, {**_VIDEO, **_BLURRY, "guidance_scale": 3.5, "max_sequence_length": 24},
+           "two transformers, condition channels", images=1),
+    Family("Wan 2.2 TI2V, with image", videos.wan22_image_tokens, {**_VIDEO, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24},
+           "the first frame is replaced by the condition in every step", images=1),
+    Family("SkyReels V2", videos.skyreels, {**_VIDEO, **_BLURRY, "guidance_scale": 6.0, "max_sequence_length": 24}, "frame-rate aware Wan"),
+    Family("SkyReels V2, diffusion forcing", videos.skyreels_forcing, {**_VIDEO, **_BLURRY, "guidance_scale": 6.0, "max_sequence_length": 24},
+           "one noise level per frame, a scheduler per frame", expected="refused"),
+    Family("HunyuanVideo", videos.hunyuan_video, {**_VIDEO, "height": 32, "width": 32, "guidance_scale": 6.0, "max_sequence_length": 24, **_TEMPLATE},
+           "guidance as an input tensor"),
+    Family("HunyuanVideo, true CFG", videos.hunyuan_video, {**_VIDEO, **_BLURRY, "height": 32, "width": 32, "true_cfg_scale": 3.0,
+                                                            "max_sequence_length": 24, **_TEMPLATE}, "guidance twice"),
+    Family("HunyuanVideo 1.5", videos.hunyuan_video15, {**_VIDEO, **_BLURRY}, "guider object; condition channels; three text streams"),
+    Family("LTX-Video", videos.ltx, {**_VIDEO, "height": 32, "width": 32, **_BLURRY, "guidance_scale": 3.0, "max_sequence_length": 24}, "packed tokens"),
+    Family("LTX-Video image to video", videos.ltx_image, {**_VIDEO, "height": 32, "width": 32, **_BLURRY, "guidance_scale": 3.0, "max_sequence_length": 24},
+           "one timestep per token; the first frame is kept clean", images=1, sampled_condition=True),
+    Family("Mochi", videos.mochi, {**_VIDEO, **_BLURRY, "num_frames": 7, "guidance_scale": 4.5, "max_sequence_length": 24}, "inverted sigmas"),
+    Family("Allegro", videos.allegro, {**_VIDEO, **_BLURRY, "num_frames": 24, "guidance_scale": 7.5, "max_sequence_length": 24, "clean_caption": False},
+           "ancestral scheduler"),
+    Family("Latte", videos.latte, {**_IMAGE, **_BLURRY, "video_length": 2, "guidance_scale": 7.5, "clean_caption": False}, "learned variance, video"),
+    Family("EasyAnimate", videos.easy_animate, {**_VIDEO, **_BLURRY, "guidance_scale": 5.0}, "Qwen2-VL text"),
+    Family("Cosmos 1", videos.cosmos, {**_VIDEO, **_BLURRY, "num_frames": 9, "guidance_scale": 7.0, "max_sequence_length": 24},
+           "EDM preconditioning in the scheduler"),
+    Family("Cosmos 2 image", videos.cosmos2_image, {**_IMAGE, **_BLURRY, "guidance_scale": 7.0, "max_sequence_length": 24},
+           "preconditioning by hand: the state enters the model output"),
+    Family("AnimateDiff", videos.animate_diff, {**_IMAGE, **_BLURRY, "num_frames": 3, "guidance_scale": 7.5}, "frames as rows of the batch"),
+    Family("Text-to-video SD", videos.text_to_video, {**_IMAGE, **_BLURRY, "num_frames": 3, "guidance_scale": 9.0},
+           "scheduler steps on reshaped frames"),
+    Family("I2VGen-XL", videos.image_to_video_xl, {**_IMAGE, **_BLURRY, "num_frames": 3, "guidance_scale": 9.0, "clip_skip": None}, "image latents as an argument", images=1, sampled_condition=True),
+    Family("Stable Video Diffusion", videos.stable_video, {**_IMAGE, "num_frames": 3, "max_guidance_scale": 3.0}, "guidance differs per frame", images=1),
+    Family("Sana Video", videos.sana_video, {**_IMAGE, "height": 32, "width": 32, **_BLURRY, "frames": 5, "guidance_scale": 6.0, "max_sequence_length": 48,
+                                             "use_resolution_binning": False, "complex_human_instruction": None}, "linear attention video"),
+    Family("Kandinsky 5 video", videos.kandinsky5_video, {**_VIDEO, **_BLURRY, "height": 32, "width": 32, "guidance_scale": 5.0, "max_sequence_length": 64},
+           "channels last, video"),
+    Family("Ovis-Image", dit.ovis_image, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 160}, "packed tokens, Qwen text"),
+    Family("LongCat-Image", dit.longcat_image, {**_IMAGE, **_BLURRY, "guidance_scale": 4.5, "enable_prompt_rewrite": False},
+           "guidance renormalised per token"),
+    Family("PRX", dit.prx, {**_IMAGE, **_BLURRY, "guidance_scale": 4.0, "use_resolution_binning": False, "skip_text_cleaning": True, "tokenizer_max_length": 64}, "text-query attention"),
+    Family("ERNIE-Image", dit.ernie_image, {**_IMAGE, **_BLURRY, "guidance_scale": 4.0}, "ragged text; batch-normalised patched latents"),
+    Family("Bria FIBO", dit.bria_fibo, {**_IMAGE, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 64}, "one text state per layer"),
+    Family("Sana Sprint", dit.sana_sprint, {**_IMAGE, "height": 32, "width": 32, "guidance_scale": 4.5, "max_sequence_length": 48, "num_inference_steps": 3,
+                                            "intermediate_timesteps": None, "use_resolution_binning": False, "complex_human_instruction": None},
+           "trigonometric flow: the pipeline converts state and output by hand"),
+    Family("Wan VACE", videos.wan_vace, {**_VIDEO, **_BLURRY, "guidance_scale": 5.0, "max_sequence_length": 24}, "control video in a side branch"),
+    Family("Consistency model", unets.consistency_model, {"num_inference_steps": 3}, "consistency step: adds noise every step",
+           prompts=("207", "3"), expected="refused"),
+    Family("LTX-2", videos.ltx2, {**_VIDEO, **_BLURRY, "height": 32, "width": 32, "max_sequence_length": 48, "stg_scale": 0.0, "audio_stg_scale": 0.0},
+           "video and audio latents jointly, two schedulers", expected="refused"),
+    Family("Shap-E", videos.shap_e, {"num_inference_steps": 4, "guidance_scale": 4.0, "frame_size": 32}, "latents of an implicit function; clipping", expected="refused"),
 )
 
 

@@ -6,7 +6,6 @@ diffusers or transformers with a small configuration.
 
 from __future__ import annotations
 
-import functools
 import json
 import tempfile
 from pathlib import Path
@@ -28,7 +27,6 @@ _CHAT_TEMPLATE = (
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-@functools.cache
 def clip_tokenizer() -> Any:
     """One token per character, CLIP's own class and special tokens."""
     names = [*_CHARACTERS, *(c + "</w>" for c in _CHARACTERS), "<|startoftext|>", "<|endoftext|>"]
@@ -41,7 +39,6 @@ def clip_tokenizer() -> Any:
     return tokenizer
 
 
-@functools.cache
 def t5_tokenizer(max_length: int = 512) -> Any:
     """A Unigram model over characters that closes every text with ``</s>``."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((c, -2.0) for c in ["▁", *_CHARACTERS])]
@@ -51,7 +48,6 @@ def t5_tokenizer(max_length: int = 512) -> Any:
     return tf.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_length)
 
 
-@functools.cache
 def chat_tokenizer(padding_side: str = "right") -> Any:
     """A byte-level BPE without merges, with Qwen's special tokens and a chat template."""
     core = Tokenizer(models.BPE({name: i for i, name in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
@@ -85,10 +81,10 @@ def clip_text(projection: bool = False, hidden: int = HIDDEN, projection_dim: in
     return tf.CLIPTextModelWithProjection(config) if projection else tf.CLIPTextModel(config)
 
 
-def clip_vision(hidden: int = HIDDEN, projection_dim: int = HIDDEN) -> Any:
+def clip_vision(image_size: int = 32) -> Any:
     return tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(
-        hidden_size=hidden, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, image_size=32, patch_size=8,
-        projection_dim=projection_dim))
+        hidden_size=HIDDEN, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, image_size=image_size,
+        patch_size=image_size // 4, projection_dim=HIDDEN))
 
 
 def clip_image_processor() -> Any:
@@ -136,7 +132,7 @@ def qwen_processor() -> Any:
 def kl_vae(channels: int = 4, levels: int = 2, **more: Any) -> Any:
     """The image autoencoder most families use; each level after the first halves the side."""
     return df.AutoencoderKL(
-        block_out_channels=(4,) * levels, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        layers_per_block=1, block_out_channels=(4,) * levels, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=channels, norm_num_groups=2, sample_size=16, **more)
 
 
@@ -154,7 +150,7 @@ def wan_vae(channels: int = 4) -> Any:
 
 def qwen_image_vae(channels: int = 4, levels: int = 2) -> Any:
     return df.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=channels, dim_mult=[1] * levels, num_res_blocks=1, temperal_downsample=[False] * (levels - 1),
+        base_dim=4 if levels < 4 else 2, z_dim=channels, dim_mult=[1] * levels, num_res_blocks=1, temperal_downsample=[False] * (levels - 1),
         **_channel_statistics(channels))
 
 

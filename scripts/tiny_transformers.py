@@ -22,6 +22,7 @@ from scripts.tiny_parts import (
     t5_text,
     t5_tokenizer,
     umt5_text,
+    wan_vae,
 )
 
 
@@ -221,10 +222,12 @@ def cogview4() -> Any:
 
 
 def kandinsky5_image() -> Any:
-    return df.Kandinsky5T2IPipeline(vae=shifted_kl_vae(), **_kandinsky5_parts())
+    pipe = df.Kandinsky5T2IPipeline(vae=shifted_kl_vae(), **kandinsky5_parts())
+    pipe.resolutions = [(16, 16)]
+    return pipe
 
 
-def _kandinsky5_parts() -> dict[str, Any]:
+def kandinsky5_parts() -> dict[str, Any]:
     transformer = df.Kandinsky5Transformer3DModel(
         in_visual_dim=4, in_text_dim=HIDDEN, in_text_dim2=HIDDEN, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2), model_dim=32,
         ff_dim=32, num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 6, 6))
@@ -276,3 +279,59 @@ def amused() -> Any:
             act_fn="silu", block_out_channels=[8], down_block_types=["DownEncoderBlock2D"], up_block_types=["UpDecoderBlock2D"],
             latent_channels=8, num_vq_embeddings=8, norm_num_groups=8, layers_per_block=1),
         tokenizer=clip_tokenizer(), text_encoder=clip_text(projection=True), scheduler=df.AmusedScheduler(mask_token_id=31))
+
+
+def ovis_image() -> Any:
+    transformer = df.OvisImageTransformer2DModel(
+        in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=HIDDEN, axes_dims_rope=(4, 4, 8))
+    return df.OvisImagePipeline(
+        transformer=transformer, vae=shifted_kl_vae(), text_encoder=causal_text("Qwen3Model"), tokenizer=chat_tokenizer(),
+        scheduler=df.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
+def longcat_image() -> Any:
+    transformer = df.LongCatImageTransformer2DModel(
+        in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=HIDDEN,
+        pooled_projection_dim=HIDDEN, axes_dims_rope=[4, 4, 8])
+    pipe = df.LongCatImagePipeline(
+        transformer=transformer, vae=shifted_kl_vae(16), text_encoder=qwen25_vl(), tokenizer=chat_tokenizer(), text_processor=qwen_processor(),
+        scheduler=df.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    pipe.tokenizer_max_length = 64
+    return pipe
+
+
+def prx() -> Any:
+    transformer = df.PRXTransformer2DModel(
+        in_channels=4, patch_size=2, context_in_dim=HIDDEN, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=2, axes_dim=[8, 8])
+    return df.PRXPipeline(
+        transformer=transformer, vae=shifted_kl_vae(), text_encoder=causal_text("Gemma2Model"), tokenizer=chat_tokenizer(),
+        scheduler=df.FlowMatchEulerDiscreteScheduler(shift=3.0), default_sample_size=16)
+
+
+def ernie_image() -> Any:
+    transformer = df.ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=16, out_channels=16, text_in_dim=HIDDEN,
+        rope_axes_dim=(4, 6, 6))
+    return df.ErnieImagePipeline(
+        transformer=transformer, vae=_flux2_vae(), text_encoder=causal_text("MistralModel"), tokenizer=chat_tokenizer(),
+        scheduler=df.FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def bria_fibo() -> Any:
+    transformer = df.BriaFiboTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=2 * HIDDEN,
+        axes_dims_rope=[0, 8, 8], text_encoder_dim=HIDDEN)
+    return df.BriaFiboPipeline(
+        transformer=transformer, vae=wan_vae(), text_encoder=causal_text("SmolLM3ForCausalLM"), tokenizer=chat_tokenizer(),
+        scheduler=df.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+
+def sana_sprint() -> Any:
+    transformer = df.SanaTransformer2DModel(
+        patch_size=1, in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
+        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=HIDDEN, sample_size=8,
+        qk_norm="rms_norm_across_heads", guidance_embeds=True)
+    return df.SanaSprintPipeline(
+        transformer=transformer, vae=deep_compression_vae(), text_encoder=causal_text("Gemma2Model"), tokenizer=chat_tokenizer(),
+        scheduler=df.SCMScheduler())

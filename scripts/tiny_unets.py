@@ -7,10 +7,26 @@ from typing import Any
 import diffusers as df
 from diffusers.pipelines.kolors import ChatGLMModel
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig
+from torch import nn
 
-from scripts.tiny_parts import HIDDEN, clip_image_processor, clip_text, clip_tokenizer, clip_vision, kl_vae, movq, positioned_tokenizer, t5_text, t5_tokenizer
+from scripts.tiny_parts import (
+    HIDDEN,
+    clip_image_processor,
+    clip_text,
+    clip_tokenizer,
+    clip_vision,
+    kl_vae,
+    movq,
+    positioned_tokenizer,
+    t5_text,
+    t5_tokenizer,
+)
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# Attention that adds the text's keys to the image's, as in Kandinsky 2 and DeepFloyd IF.
+_ADDED_KEYS: dict[str, Any] = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "resnet_time_scale_shift": "scale_shift"}
 _NO_FILTER = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -119,6 +135,8 @@ def kolors() -> Any:
     text = ChatGLMModel(ChatGLMConfig(
         num_layers=2, padded_vocab_size=len(positioned_tokenizer()), hidden_size=HIDDEN, ffn_hidden_size=37, kv_channels=8,
         num_attention_heads=4, seq_length=256, original_rope=True, multi_query_attention=True, multi_query_group_num=2, add_bias_linear=False, rmsnorm=True))
+    for parameter in text.parameters():
+        nn.init.normal_(parameter, std=0.05)  # its constructor leaves the weights uninitialised
     network = sdxl_unet(cross_attention_dim=24, encoder_hid_dim=HIDDEN, encoder_hid_dim_type="text_proj")
     return df.KolorsPipeline(
         vae=kl_vae(), text_encoder=text, tokenizer=positioned_tokenizer(), unet=network,
@@ -126,10 +144,8 @@ def kolors() -> Any:
 
 
 def kandinsky22() -> Any:
-    network = unet(out_channels=8, **{
-        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), "resnet_time_scale_shift": "scale_shift",
-        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "addition_embed_type": "image", "encoder_hid_dim_type": "image_proj", "encoder_hid_dim": HIDDEN})
+    network = unet(
+        out_channels=8, addition_embed_type="image", encoder_hid_dim_type="image_proj", encoder_hid_dim=HIDDEN, **_ADDED_KEYS)
     return df.KandinskyV22Pipeline(unet=network, movq=movq(), scheduler=df.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1))
 
@@ -144,11 +160,9 @@ def kandinsky3() -> Any:
 
 
 def deepfloyd() -> Any:
-    network = unet(3, 6, **{
-        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), "resnet_time_scale_shift": "scale_shift",
-        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "addition_embed_type": "text", "addition_embed_type_num_heads": 2, "encoder_hid_dim": HIDDEN, "act_fn": "gelu",
-        "cross_attention_norm": "group_norm"})
+    network = unet(
+        3, 6, addition_embed_type="text", addition_embed_type_num_heads=2, encoder_hid_dim=HIDDEN, act_fn="gelu",
+        cross_attention_norm="group_norm", **_ADDED_KEYS)
     return df.IFPipeline(
         tokenizer=t5_tokenizer(), text_encoder=t5_text(), unet=network, safety_checker=None, feature_extractor=None, watermarker=None,
         requires_safety_checker=False, scheduler=df.DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="learned_range",
@@ -164,3 +178,10 @@ def stable_cascade_prior() -> Any:
     return df.StableCascadePriorPipeline(
         tokenizer=clip_tokenizer(), text_encoder=clip_text(projection=True), prior=prior, scheduler=df.DDPMWuerstchenScheduler(),
         image_encoder=clip_vision(), feature_extractor=clip_image_processor())
+
+
+def consistency_model() -> Any:
+    network = df.UNet2DModel(
+        block_out_channels=(8, 16), layers_per_block=1, sample_size=8, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    return df.ConsistencyModelPipeline(unet=network, scheduler=df.CMStochasticIterativeScheduler(clip_denoised=False))
