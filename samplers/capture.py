@@ -65,8 +65,8 @@ def capture(observer: Observer, call: PipelineCall, prompt: Prompt) -> Capture:
     real = observer.run(call.one(prompt), stop_after=2)
     if len(real.steps) >= 2 and not observer.denoisers:
         raise CaptureError(
-            f"{call.name} steps its scheduler several times per call of its denoiser (a correction inside the step, or one scheduler per "
-            "frame); visalign needs one scheduler.step per denoised state"
+            f"{call.name} steps its scheduler several times per call of its denoiser (several latent streams such as video with audio, one "
+            "scheduler per frame, or a correction inside the step); visalign needs one scheduler.step per denoised state"
         )
     if len(real.steps) < 2:
         raise CaptureError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,27 @@ from visalign.types import Media, Prompt
 _FIELDS = ("images", "image", "frames", "audios", "audio", "videos", "video")
 
 
+@dataclass(frozen=True)
+class OutputType:
+    """Which ``output_type`` decoding asks for (``None``: the pipeline has no such argument), and which one shows users the same.
+
+    ``scale`` and ``offset`` turn the first into the second; with (1, 0) nothing is changed or clamped.
+    """
+
+    kind: str | None
+    shown: str | None
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def apply(self, media: Tensor) -> Tensor:
+        return media if self.scale == 1 else (self.scale * media + self.offset).clamp(0, 1)
+
+
 class Codec:
     """Initial noise, decoding and encoding of one captured pipeline."""
 
     def __init__(self, observer: Observer, call: PipelineCall, capture: Capture, prompt: Prompt, rate: float) -> None:
         self.observer, self.call, self.capture, self.prompt, self.rate = observer, call, capture, prompt, rate
-        self.output_type: str | None = None
         self.own_draw = False
         self.noise_order, self.noise_scale, self.noise_dtype = self._find_noise()
         self._to_vae: tuple[Tensor, Tensor, Tensor, tuple[int, ...]] | None = None
@@ -99,10 +115,10 @@ class Codec:
             singles = [prompts[k : k + 1] if prompts else None for k in range(latents.shape[0])]
             return torch.cat([self.decode_tensor(one[None], single, grad) for one, single in zip(latents, singles, strict=True)])
         source = replace(self.prompt, images=sources[0])
-        return self._to_tensor(self._finish(latents, source, grad), latents.shape[0])
+        return self.output.apply(self._to_tensor(self._finish(latents, source, self.output.kind, grad), latents.shape[0]))
 
-    def _finish(self, latents: Tensor, prompt: Prompt, grad: bool) -> Any:
-        """The pipeline's result when its loop ends in these latents."""
+    def _finish(self, latents: Tensor, prompt: Prompt, kind: str | None, grad: bool) -> Any:
+        """The pipeline's result of this output type when its loop ends in these latents."""
         last = self.capture.num_iterations - 1
         state = latents.to(self.capture.state_dtype)
         state = state if self.capture.state_lead == 1 else state.flatten(0, 1)
@@ -110,22 +126,37 @@ class Codec:
         def answer(k: int, sample: Tensor, output: Tensor) -> Tensor:
             return state.to(sample.device) if k == last else torch.zeros_like(sample)
 
-        kinds = [self.output_type] if self.output_type else ["pt", "np", "pil"]
+        arguments = self.call.repeat(prompt, [0] * latents.shape[0], **({"output_type": kind} if kind else {}))
+        return self.observer.run(
+            arguments, answer_state=answer, answer_output=lambda k, call: call.output, grad=grad, freeze_encoders=True
+        ).result
+
+    @cached_property
+    def output(self) -> OutputType:
+        """How to ask the pipeline for media: "pt" where it gives what "np" shows users (up to a known affine), else "np" or "pil"."""
+        if not self.call.understands("output_type"):
+            return OutputType(None, None)
+        generator = torch.Generator().manual_seed(0)
+        latents = torch.randn(1, *self.capture.latent_shape, generator=generator)
+        found: dict[str, Tensor] = {}
         problem: Exception | None = None
-        for kind in kinds if self.call.understands("output_type") else [None]:
-            arguments = self.call.repeat(prompt, [0] * latents.shape[0], **({"output_type": kind} if kind else {}))
+        for kind in ("np", "pt", "pil"):
+            if kind == "pil" and found:
+                break
             try:
-                seen = self.observer.run(
-                    arguments, answer_state=answer, answer_output=lambda k, call: call.output, grad=grad, freeze_encoders=True
-                )
-            except (ValueError, NotImplementedError, TypeError) as error:
+                found[kind] = self._to_tensor(self._finish(latents, self.prompt, kind, grad=False), 1).float()
+            except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
                 problem = error
-                continue
-            if kind == "pt" and not isinstance(_first(seen.result), Tensor):
-                continue
-            self.output_type = kind
-            return seen.result
-        raise CaptureError(f"{self.call.name} decodes to none of the output types pt, np, pil: {problem}")
+        if not found:
+            raise CaptureError(f"{self.call.name} decodes to none of the output types np, pt, pil: {problem}")
+        shown = "np" if "np" in found else next(iter(found))
+        if "pt" not in found:
+            return OutputType(shown, shown)
+        for scale, offset in ((1.0, 0.0), (0.5, 0.5)):  # some pipelines return [-1, 1] for "pt" and [0, 1] for "np"
+            candidate = OutputType("pt", shown, scale, offset)
+            if found["pt"].shape == found[shown].shape and torch.allclose(candidate.apply(found["pt"]), found[shown], atol=2e-3):
+                return candidate
+        return OutputType(shown, shown)
 
     def _to_tensor(self, result: Any, batch: int) -> Tensor:
         value = _first(result)
@@ -210,7 +241,7 @@ class Codec:
         """What ``vae.decode`` receives when the loop ends in these latents, float64, without batch axis."""
         received: list[Tensor] = []
         with self._intercepted_vae(received), suppress(_Received):
-            self._finish(flat.reshape(1, *self.capture.latent_shape), self.prompt, grad=False)
+            self._finish(flat.reshape(1, *self.capture.latent_shape), self.prompt, None, grad=False)
         if not received:
             raise CaptureError(f"{self.call.name} decodes without vae.decode; encode_media needs a VAE")
         return received[0][0].double().cpu()

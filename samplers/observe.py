@@ -180,7 +180,9 @@ class Observer:
             out.prev_sample = new
             return out
 
-        with self._patched(on_call, on_step), torch.set_grad_enabled(grad), contextlib.suppress(_Stop):
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with self._patched(on_call, on_step), torch.set_grad_enabled(grad), torch.random.fork_rng(devices), contextlib.suppress(_Stop):
+            torch.manual_seed(0)  # some pipelines draw condition latents without a generator
             seen.result = inspect.unwrap(type(self.pipe).__call__)(self.pipe, **call) if grad else self.pipe(**call)
         seen.after_loop = list(pending)
         for step in seen.steps:

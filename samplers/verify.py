@@ -61,7 +61,7 @@ def _compare(policy: PipelinePolicy, prompts: tuple[Prompt, Prompt]) -> CaptureR
     latent_errors: list[float] = []
     decode_errors: list[float] = []
     for prompt in prompts:
-        seen = policy.observer.run(policy.call.one(prompt, **_pt(policy)), answer_state=None if own else _first_order(policy))
+        seen = policy.observer.run(policy.call.one(prompt, **_shown(policy)), answer_state=None if own else _first_order(policy))
         theirs = _state(policy, seen.steps[-1].returned)
         latent_errors.append(relative(replay(policy, prompt, _state(policy, seen.steps[0].sample)), theirs))
         direct = policy.codec._to_tensor(seen.result, 1)
@@ -136,10 +136,8 @@ def _state(policy: PipelinePolicy, sample: Tensor) -> Tensor:
     return sample.reshape(1, *policy.latent_shape).float()
 
 
-def _pt(policy: PipelinePolicy) -> dict[str, Any]:
-    if policy.codec.output_type is None:
-        policy.codec.decode_tensor(policy.initial_latents([0]))
-    return {"output_type": policy.codec.output_type} if policy.codec.output_type else {}
+def _shown(policy: PipelinePolicy) -> dict[str, Any]:
+    return {"output_type": policy.codec.output.shown} if policy.codec.output.shown else {}
 
 
 def describe_capture(policy: PipelinePolicy, parity: str, latent: float, decode: float, batch: float) -> list[tuple[str, str]]:
