@@ -19,8 +19,8 @@ PASSED = (
     "Wan 2.1", "Wan 2.2", "Wan 2.2 TI2V", "Wan 2.1 image to video", "CogVideoX", "CogVideoX, dynamic CFG", "LTX-Video", "Stable Audio",
     "InstructPix2Pix", "DDIM", "Lumina 2", "CogView 4")
 REFUSED = {
-    "Stable Diffusion, image to image": "does not start from pure noise", "DDIM, clipped": "clips its x0", "Amused": "not a continuous state",
-    "LTX-2": "steps its scheduler", "HunyuanImage 2.1": "not a linear combination"}
+    "Stable Diffusion, image to image": "does not start from pure noise", "DDIM, clipped": "clips its x0",
+    "Amused": "not a continuous state", "LTX-2": "steps its scheduler", "HunyuanImage 2.1": "not a linear combination"}
 
 
 @pytest.fixture(scope="module", params=PASSED)
