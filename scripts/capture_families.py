@@ -205,8 +205,8 @@ Both must be 0.
 
 - *Verification* is `PipelinePolicy.verify()`: our loop against the pipeline's own, relative error of the final latents. "First order" marks
   schedulers with memory or noise: their step was replaced by the deterministic first-order step of the same process.
-- *Plain run* is a check without the observer: denoising and decoding against `pipe(**call)` with a recorder around `scheduler.step`, for two
-  prompts and two step counts; multistep and noisy schedulers are exchanged for a first-order scheduler of diffusers with the same noise
+- *Plain run* is a check without the observer: denoising and decoding against `pipe(**call)` with a recorder around `scheduler.step`, for
+  two prompts and two step counts; multistep and noisy schedulers are exchanged for a first-order scheduler of diffusers with the same noise
   levels. Empty where diffusers ships none: there only verification speaks for the latents.
 - *Decode* is the largest difference between media decoded from the plain run's latents and its result, on [0, 1].
 - A star: the pipeline samples its condition latents with the call's generator; capture takes the draw of seed 0 for every seed.
