@@ -171,3 +171,12 @@ def test_playground_paths_resolve_and_others_pass() -> None:
     assert resolve_path(3) == 3
     with pytest.raises(ValueError, match="pipeline and clip"):
         resolve_path("playground:pipelin")
+
+
+def test_embedded_models_are_found_inside_nested_parameters() -> None:
+    from visalign import playground
+
+    nested = {"judge": {"pointwise": {"reward": "clip", "model": "playground:clip"}, "others": ["playground:pipeline", 3]}}
+    found = resolve_path(nested)
+    assert found["judge"]["pointwise"] == {"reward": "clip", "model": str(playground.clip_path())}
+    assert found["judge"]["others"] == [str(playground.pipeline_path()), 3]

@@ -79,7 +79,7 @@ def load(entry: RewardConfig | GuardConfig) -> Reward:
     Raises:
         ValueError: it is a pairwise judge, which needs a schedule to become scores.
     """
-    found = load_reward(entry.name, **{key: resolve_path(value) for key, value in entry.params.items()})
+    found = load_reward(entry.name, **resolve_path(dict(entry.params)))
     if not isinstance(found, Reward):
         raise ValueError(f"'{entry.name}' compares pairs and gives no score per sample; wrap it: "
                          f"{{name: win_rate, params: {{judge: {{reward: {entry.name}, ...}}}}}}")

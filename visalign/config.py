@@ -352,13 +352,17 @@ def read_source(name_or_path: str | Path) -> tuple[str, str]:
 
 
 def resolve_path(value: Any) -> Any:
-    """``playground:pipeline`` and ``playground:clip`` as the folders they stand for; every other value as it is.
+    """``playground:pipeline`` and ``playground:clip`` as their folders, also inside mappings and lists; other values as they are.
 
     Used where a model or a reward is *built*; a configuration keeps the short name, so that it runs on another machine.
 
     Raises:
         ValueError: the embedded world has no such model.
     """
+    if isinstance(value, Mapping):
+        return {key: resolve_path(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(resolve_path(part) for part in value)
     if not (isinstance(value, str) and value.startswith("playground:")):
         return value
     from visalign import playground
