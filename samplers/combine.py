@@ -140,13 +140,13 @@ def _along_axis(rows: Sequence[Sequence[Tensor]], targets: Sequence[Tensor], tol
 
 
 def _solve(runs: Sequence[Sequence[Tensor]], targets: Sequence[Tensor]) -> tuple[list[float], float]:
-    """Least-squares weights over all runs jointly and the relative residual; weights within 1e-6 of 7 digits are rounded."""
+    """Least-squares weights over all runs jointly and the relative residual; weights that mean a short decimal are rounded to it."""
     design = torch.cat([torch.stack([row.flatten() for row in run], dim=1) for run in runs])
     target = torch.cat([t.flatten() for t in targets])
     weights = torch.linalg.lstsq(design, target[:, None]).solution[:, 0]
     rounded = torch.tensor([_round(float(w)) for w in weights], dtype=torch.float64)
-    residual = float((design @ rounded - target).norm() / target.norm().clamp_min(1e-30))
-    return rounded.tolist(), residual
+    exact, residual = (float((design @ w - target).norm() / target.norm().clamp_min(1e-30)) for w in (weights, rounded))
+    return (rounded.tolist(), residual) if residual < max(10 * exact, 1e-6) else (weights.tolist(), exact)
 
 
 def _round(weight: float) -> float:
