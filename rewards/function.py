@@ -47,12 +47,12 @@ class FunctionReward:
 
         Raises:
             ValueError: the function returned another number of values than it was given samples.
-            TypeError: it returned something that is not a sequence of numbers and ``None``.
+            ValueError: it returned something that is not a sequence of numbers and ``None``.
         """
         returned: Any = self.function(media, prompts)
         values = returned.tolist() if hasattr(returned, "tolist") else returned
         if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-            raise TypeError(f"reward '{self.spec.name}' returned {type(returned).__name__}; expected a list with one number "
+            raise ValueError(f"reward '{self.spec.name}' returned {type(returned).__name__}; expected a list with one number "
                             "or None per sample")
         if len(values) != len(media):
             raise ValueError(f"reward '{self.spec.name}' returned {len(values)} values for {len(media)} samples; return one per "
@@ -65,6 +65,6 @@ class FunctionReward:
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value.item()
         if not isinstance(value, Real):
-            raise TypeError(f"reward '{self.spec.name}' returned {type(value).__name__} for sample {row}; "
+            raise ValueError(f"reward '{self.spec.name}' returned {type(value).__name__} for sample {row}; "
                             "expected a number or None")
         return float(value)

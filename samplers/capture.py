@@ -62,6 +62,11 @@ def capture(observer: Observer, call: PipelineCall, prompt: Prompt) -> Capture:
     Raises:
         CaptureError: something in the loop is neither a gather, nor affine in time, nor a known combination of predictions.
     """
+    if int(call.fixed.get("num_inference_steps", 2)) < 2:
+        raise CaptureError(
+            f"{call.name} with num_inference_steps={call.fixed['num_inference_steps']}: capture needs at least num_inference_steps=2, and "
+            "policy gradients need a step before the deterministic last one"
+        )
     real = observer.run(call.one(prompt), stop_after=2)
     if len(real.steps) >= 2 and not observer.denoisers:
         raise CaptureError(

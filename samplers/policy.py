@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from visalign.maths.process import to_prediction
@@ -105,14 +106,15 @@ class PipelinePolicy:
         """
         from diffusers import DiffusionPipeline
 
+        local = FilePath(path_or_id).expanduser()
+        if not (local / "model_index.json").exists() and (local.exists() or path_or_id.startswith(("/", ".", "~"))):
+            what = "the folder has no model_index.json" if local.exists() else "there is no such folder"
+            raise ValueError(f"no diffusers pipeline at {path_or_id!r}: {what}")
         try:
-            pipe = DiffusionPipeline.from_pretrained(path_or_id, dtype=dtype)
-        except (OSError, ValueError) as error:
-            where = "exists but is no diffusers pipeline" if FilePath(path_or_id).exists() else "is not on disk and could not be fetched"
-            raise ValueError(
-                f"cannot load {path_or_id!r}: it {where}. Give a folder with model_index.json, or a hub id this machine can reach. "
-                f"diffusers said: {str(error).splitlines()[0]}"
-            ) from error
+            pipe = DiffusionPipeline.from_pretrained(str(local) if local.exists() else path_or_id, dtype=dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            what = "its files are damaged or incomplete; copy them again" if local.exists() else "not on disk, and it could not be fetched"
+            raise ValueError(f"cannot load {path_or_id!r}: {what} ({str(error).splitlines()[0]})") from error
         return cls(pipe.to(device), call, probe=probe)
 
     def with_call(self, **changes: Any) -> PipelinePolicy:

@@ -45,10 +45,10 @@ def test_none_and_nonfinite_become_invalid_and_never_a_number():
 
 @pytest.mark.parametrize(("values", "error", "message"), [
     ([1.0], ValueError, r"reward 'judge' returned 1 values for 3 samples"),
-    (0.5, TypeError, r"reward 'judge' returned float; expected a list"),
-    ("abc", TypeError, r"reward 'judge' returned str; expected a list"),
-    ([1.0, "2", 3.0], TypeError, r"reward 'judge' returned str for sample 1"),
-    (torch.zeros(3, 2), TypeError, r"reward 'judge' returned list for sample 0"),
+    (0.5, ValueError, r"reward 'judge' returned float; expected a list"),
+    ("abc", ValueError, r"reward 'judge' returned str; expected a list"),
+    ([1.0, "2", 3.0], ValueError, r"reward 'judge' returned str for sample 1"),
+    (torch.zeros(3, 2), ValueError, r"reward 'judge' returned list for sample 0"),
 ])
 def test_anything_else_is_an_error_that_names_reward_and_row(values, error, message):
     with pytest.raises(error, match=message):

@@ -122,13 +122,13 @@ class GRPO:
         advantage = torch.where(valid, experience.advantage[rows, entry].to(log_prob), 0.0)
         log_ratio = (log_prob - log_prob_old).detach()
         recorded = {"ratio": log_ratio.exp(), "approx_kl": log_ratio.expm1() - log_ratio}
-        maxima = {"policy/ratio_deviation": log_ratio.expm1().abs().max()}
+        maxima = {"policy/ratio_deviation": _max(log_ratio.expm1().abs(), valid)}
 
         kl_old = torch.zeros_like(log_prob)
         if trajectory.prediction is not None:
             velocity_old = trajectory.prediction[rows, entry].to(prediction.velocity)
             kl_old = recorded["kl_old"] = microbatch.kl_per_dim(policy, prediction.velocity, velocity_old)
-            maxima["policy/output_gap"] = _relative_gap(prediction.velocity, velocity_old).max()
+            maxima["policy/output_gap"] = _max(_relative_gap(prediction.velocity, velocity_old), valid)
 
         if self.surrogate == "clip":
             terms = surrogates.clipped(log_prob, log_prob_old, advantage, self.clip, self.clip)
@@ -143,7 +143,7 @@ class GRPO:
                 reference = microbatch.predict(policy, "reference")
             kl = recorded["kl_reference"] = microbatch.kl_per_dim(policy, prediction.velocity, reference.velocity)
             loss = loss + self.kl_weight_at(experience.iteration) * kl
-            maxima["policy/kl_reference"] = kl.max()
+            maxima["policy/kl_reference"] = _max(kl, valid)
 
         recorded |= {"loss": loss, "clip_fraction": terms.clipped.float()}
         sums = torch.stack([values.detach()[valid].double().sum() for values in recorded.values()]).tolist()
@@ -151,6 +151,11 @@ class GRPO:
         total = torch.where(valid, loss, 0.0).sum() / (microbatch.batch.denominator * len(trajectory.transitions))
         metrics = {f"grpo/{name}": (value, float(valid.sum())) for name, value in zip(recorded, sums, strict=True)}
         return LossTerms(loss=total, metrics=metrics, maxima=dict(zip(maxima, worst, strict=True)))
+
+
+def _max(values: Tensor, valid: Tensor) -> Tensor:
+    """Largest value of the valid samples, 0 without any."""
+    return torch.where(valid, values.detach(), 0.0).max()
 
 
 def _relative_gap(first: Tensor, second: Tensor) -> Tensor:
