@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from visalign.cli import app
-from visalign.commands.pipelines import call_arguments, output_media
+from visalign.commands import pipelines
+from visalign.commands.pipelines import call_arguments, choose_device, load_pipeline, output_media
 from visalign.commands.plan import memory, read_headers
 from visalign.commands.sample import parse_seeds
-from visalign.config import load_config, recipe_names
+from visalign.config import load_config, recipe_names, resolve_path
 from visalign.evaluation import Evaluation, write_comparison
-from visalign.media import save_media, save_samples
+from visalign.media import read_index, save_media, save_samples
 from visalign.quickstart import GUIDED, ROWS, pairwise_difference
 from visalign.quickstart import table as quickstart_table
 from visalign.types import Media, Prompt
@@ -50,8 +52,11 @@ def test_configs_lists_recipes_with_their_verification_and_prints_one() -> None:
     listed = visalign("configs").output
     assert all(name in listed for name in recipe_names())
     assert "verified on" in listed
+    narrow = CliRunner().invoke(app, ["configs"], env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"}).output
+    assert all(name in narrow for name in recipe_names())
     printed = visalign("configs", "sdxl_ddpo")
     assert "# DDPO on Stable Diffusion XL" in printed.output
+    assert "verified_by: " in printed.output
 
 
 def test_env_is_ready_to_paste() -> None:
@@ -73,7 +78,10 @@ def test_env_is_ready_to_paste() -> None:
     (("score", "nowhere", "-r", "jpeg_compressibility"), 1, "no such folder"),
     (("score", "nowhere"), 1, "which rewards?"),
     (("score", "nowhere", "-r", "{name: clip, parms: 1}"), 2, "did you mean 'params'"),
-    (("inspect", "./nowhere"), 1, "cannot load"),
+    (("inspect", "./nowhere"), 1, "no model_index.json in"),
+    (("inspect", "playground:pipeline", "num_inference_step=4"), 2, "did you mean 'num_inference_steps'"),
+    (("inspect", "playground:pipeline", "--device", "gpu"), 1, "--device 'gpu': use cpu, cuda, cuda:N or auto"),
+    (("train", "quickstart", "model.device=gpu", "--out", "nowhere"), 1, "model.device 'gpu': use cpu"),
     (("report", "nowhere"), 1, "no config.yaml"),
     (("configs", "quickstar"), 2, "did you mean 'quickstart'"),
 ])
@@ -82,6 +90,76 @@ def test_errors_are_one_message_with_a_status_and_no_traceback(words: tuple[str,
     assert result.exit_code == status
     assert needle in one_line(result.output + result.stderr)
     assert "Traceback" not in result.output + result.stderr
+
+
+@pytest.mark.parametrize(("word", "status", "needle"), [
+    ("num_inference_step=4", 2, "did you mean 'num_inference_steps'"),
+    ("zzz=4", 2, "it takes prompt, "),
+    ("num_inference_steps=abc", 1, "StableDiffusion3Pipeline cannot be called with num_inference_steps='abc'"),
+])
+def test_a_mistake_in_the_call_is_explained(word: str, status: int, needle: str, tmp_path: Path) -> None:
+    result = visalign("sample", "playground:pipeline", "-p", "a cat", word, "--out", tmp_path)
+    assert result.exit_code == status
+    assert needle in one_line(result.stderr)
+
+
+def test_devices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="sees no GPU"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="sees 2 GPUs"):
+        choose_device("cuda:2")
+
+
+def test_an_unreachable_model_is_one_clear_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("Cannot load model. Please refer to the stack trace")
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", offline)
+    monkeypatch.setattr(pipelines, "model_folder", lambda _: None)
+    with pytest.raises(ValueError, match="'org/name' is not on disk and could not be fetched") as caught:
+        load_pipeline("org/name", "float32", "cpu")
+    assert "stack trace" not in str(caught.value)
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_damaged_weights_are_named(component: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resolve_path("playground:pipeline"), tmp_path / "m"))
+    weights = next((folder / component).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:3000])
+    with pytest.raises(ValueError, match=re.escape(f"weights file {weights} is damaged")):
+        load_pipeline(str(folder), "float32", "cpu")
+
+
+@pytest.mark.parametrize(("command", "resumes"), [("train", True), ("quickstart", True), ("env", False)])
+def test_stopping_names_resume_only_where_there_is_a_run(command: str, resumes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for target in ("visalign.commands.train.run", "visalign.quickstart.run", "visalign.versions.describe"):
+        monkeypatch.setattr(target, stop)
+    result = visalign(command)
+    assert result.exit_code == 130
+    assert "stopped." in result.stderr
+    assert ("train --resume" in result.stderr) is resumes
+
+
+def test_samples_made_before_an_interruption_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def third_stops(_: object, prompt: Prompt, seed: int, __: object) -> Media:
+        if seed == 2:
+            raise KeyboardInterrupt
+        return Media("image", torch.full((3, 4, 4), seed, dtype=torch.uint8))
+
+    monkeypatch.setattr("visalign.commands.sample.call_pipeline", third_stops)
+    result = visalign("sample", "playground:pipeline", "-p", "a cat", "--seeds", "0-3", "--out", tmp_path / "s")
+    assert result.exit_code == 130
+    assert "2 of 4 samples" in result.stderr
+    assert [(one.file.name, one.seed) for one in read_index(tmp_path / "s")] == [("0000.png", 0), ("0001.png", 1)]
+    assert all(one.file.is_file() for one in read_index(tmp_path / "s"))
 
 
 def test_both_mistakes_of_a_command_line_are_reported() -> None:
@@ -156,6 +234,19 @@ def test_score_writes_a_table_and_a_row_per_sample(tmp_path: Path) -> None:
     assert [row["file"] for row in rows] == ["0000.png", "0001.png", "0002.png", "0003.png"]
     assert rows[0]["brightness"]["raw"] == pytest.approx(float(media[0].data.float().mean()))
     assert "invalid" in rows[2]["brightness"]
+
+
+def test_scores_of_other_rewards_are_not_lost_and_out_may_be_in_a_new_folder(tmp_path: Path) -> None:
+    save_samples(tmp_path, [Media("image", torch.zeros(3, 8, 8, dtype=torch.uint8))], [Prompt("a")], [0])
+    (tmp_path / "mine.py").write_text("def one(media, prompts):\n    return [1.0 for _ in media]\n")
+    jpeg, mine = ("-r", "jpeg_compressibility"), ("-r", f"{tmp_path}/mine.py:one")
+    assert [visalign("score", tmp_path, *jpeg).exit_code for _ in range(2)] == [0, 0]
+    refused = visalign("score", tmp_path, *mine)
+    assert refused.exit_code == 1
+    assert "scores of jpeg_compressibility" in refused.stderr
+    assert visalign("score", tmp_path, *jpeg, *mine).exit_code == 0
+    assert visalign("score", tmp_path, *mine, "--out", tmp_path / "new" / "mine.jsonl").exit_code == 0
+    assert (tmp_path / "new" / "mine.jsonl").is_file()
 
 
 def test_score_matches_files_and_prompts_or_refuses(tmp_path: Path) -> None:

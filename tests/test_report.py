@@ -180,5 +180,6 @@ def test_a_model_card_stands_beside_the_adapter_with_the_measured_numbers(tmp_pa
     gain = json.loads((run / "evaluation.json").read_text())["captions"]["gain"]
     assert card.startswith("---\nbase_model: org/model\n")
     assert "pipe.load_lora_weights(" in card
+    assert "the message is harmless" in card
     assert f"{gain['mean']:+.3g} [{gain['low']:+.3g}, {gain['high']:+.3g}]" in card
     assert (run / "adapter" / "config.yaml").read_text() == (run / "config.yaml").read_text()

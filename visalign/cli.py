@@ -30,7 +30,8 @@ class TeachingGroup(TyperGroup):
         except (typer.Exit, typer.Abort):  # click's own, and subclasses of RuntimeError
             raise
         except KeyboardInterrupt:
-            errors.print("\n[yellow]stopped.[/] A run continues from its last checkpoint with: visalign train --resume RUN")
+            trains = ctx.invoked_subcommand in ("train", "quickstart")
+            errors.print("\n[yellow]stopped.[/]" + trains * " A run continues from its last checkpoint with: visalign train --resume RUN")
             raise typer.Exit(130) from None
         except (ValueError, OSError, RuntimeError) as error:
             origin = _origin(error)
@@ -123,7 +124,7 @@ def sample(
     prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="A .txt or .jsonl file, playground:heldout.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="For every prompt: 0-3 or 1,5,9.")] = "0",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the run's, or float32.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")] = "auto",
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the samples go.")] = Path("samples"),
 ) -> None:
     """Generate with a pipeline and, if given, a trained adapter: PNG, MP4 or WAV files and their index."""
@@ -142,7 +143,8 @@ def score(
     reward: Annotated[list[str] | None, typer.Option("--reward", "-r", help="A name, a path, or {name: ..., params: {...}}.")] = None,
     config: Annotated[str | None, typer.Option("--config", metavar="CONFIG", help="Take rewards and guards from a configuration.")] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="One prompt per file, in file-name order.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Per-sample scores; default FOLDER/scores.jsonl.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help=
+        "Per-sample scores; replaced if it exists. Default FOLDER/scores.jsonl, replaced only by scores of the same rewards.")] = None,
 ) -> None:
     """Score a folder of media with any rewards: a table, and one row per sample."""
     from visalign.commands import score as command
@@ -157,7 +159,7 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or playground:pipeline.")],
     call: CallArguments = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, or auto.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")] = "auto",
 ) -> None:
     """Show what was found inside a pipeline, and whether replaying it gives the pipeline's own result."""
     from visalign.commands import inspect as command

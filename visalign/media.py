@@ -100,10 +100,20 @@ def save_samples(folder: Path, media: Sequence[Media], prompts: Sequence[Prompt]
 
 def write_index(folder: Path, samples: Sequence[Sample]) -> None:
     """Write ``samples.jsonl``."""
-    rows = [{"file": sample.file.name, "prompt": sample.prompt.text, "negative_prompt": sample.prompt.negative,
-             "images": list(sample.prompt.images), "metadata": dict(sample.prompt.metadata),
-             "seed": sample.seed, "scores": dict(sample.scores)} for sample in samples]
-    (folder / INDEX).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    (folder / INDEX).write_text("".join(map(_row, samples)), encoding="utf-8")
+
+
+def append_index(folder: Path, sample: Sample) -> None:
+    """Add one row to ``samples.jsonl``, so that the folder is whole after every sample."""
+    with (folder / INDEX).open("a", encoding="utf-8") as file:
+        file.write(_row(sample))
+
+
+def _row(sample: Sample) -> str:
+    row = {"file": sample.file.name, "prompt": sample.prompt.text, "negative_prompt": sample.prompt.negative,
+           "images": list(sample.prompt.images), "metadata": dict(sample.prompt.metadata),
+           "seed": sample.seed, "scores": dict(sample.scores)}
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def read_index(folder: Path) -> list[Sample]:

@@ -15,11 +15,12 @@ def run(name: str | None) -> None:
     if name is not None:
         typer.echo(read_source(name)[0], nl=False)
         return
-    table = Table(title="recipes", caption="visalign configs NAME prints one; visalign train NAME --plan shows what it would do")
-    for heading in ("name", "what", "source", "verified on"):
+    table = Table(title="recipes",
+                  caption="visalign configs NAME prints one, with how it was verified; visalign train NAME --plan shows what it would do")
+    table.add_column("name", no_wrap=True)
+    for heading in ("what", "source", "verified on"):
         table.add_column(heading, overflow="fold")
     for recipe in recipe_names():
         about = load_config(recipe).recipe
-        level = f"[{_STYLE[about.verification]}]{about.verification}[/]"
-        table.add_row(recipe, about.description, about.source, "\n".join(filter(None, [level, about.verified_by])))
+        table.add_row(recipe, about.description, about.source, f"[{_STYLE[about.verification]}]{about.verification}[/]")
     Console().print(table)

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import track
 
 from visalign.commands import quiet_libraries
-from visalign.commands.pipelines import call_arguments, call_pipeline, load_pipeline
+from visalign.commands.pipelines import call_arguments, call_pipeline, check_call, load_pipeline
 from visalign.config import load_config
 from visalign.data import load_prompts
-from visalign.media import INDEX, save_samples
+from visalign.media import INDEX, Sample, append_index, save_media
 from visalign.types import Prompt
 
 
@@ -34,11 +34,19 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
     quiet_libraries()
     pipeline = load_pipeline(model, dtype or "float32", device, adapter)
     arguments |= call_arguments(call)
+    implied = {"negative_prompt": any(prompt.negative is not None for prompt in prompts), "image": any(prompt.images for prompt in prompts)}
+    check_call(pipeline, [*arguments, *(name for name, needed in implied.items() if needed)])
     console = Console(stderr=True)
-    media = [call_pipeline(pipeline, prompt, seed, arguments)
-             for prompt, seed in track(jobs, description="sample", console=console, disable=not console.is_terminal)]
-    save_samples(out, media, [prompt for prompt, _ in jobs], [seed for _, seed in jobs])
-    console.print(f"{len(media)} samples in {out}", highlight=False)
+    out.mkdir(parents=True, exist_ok=True)
+    digits, made = max(4, len(str(len(jobs) - 1))), 0
+    try:
+        for prompt, seed in track(jobs, description="sample", console=console, disable=not console.is_terminal):
+            media = call_pipeline(pipeline, prompt, seed, arguments)
+            append_index(out, Sample(file=save_media(media, out / f"{made:0{digits}d}"), prompt=prompt, seed=seed))
+            made += 1
+    finally:  # also after Ctrl-C or an error: what was made is on disk
+        if made:
+            console.print(f"{made} of {len(jobs)} samples in {out}" if made < len(jobs) else f"{made} samples in {out}", highlight=False)
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -30,14 +30,18 @@ def run(folder: Path, rewards: list[str], *, config: str | None, source: str | N
         raise ValueError("which rewards? -r clip, -r '{name: clip, params: {model: ...}}', -r my_file.py:function, or --config CONFIG")
     quiet_libraries()
     samples = find_samples(folder, source)
-    loaded_rewards = {name: load(entry) for name, entry in unique_names(wanted).items()}
+    named = unique_names(wanted)
+    path = out or folder / "scores.jsonl"
+    if out is None:
+        refuse_other_scores(path, named)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    loaded_rewards = {name: load(entry) for name, entry in named.items()}
     media = [load_media(sample.file) for sample in samples]
     # Samples of one prompt are a group: rewards that compare need to know.
     groups: dict[str, int] = {}
     keys = [json.dumps([sample.prompt.text, dict(sample.prompt.metadata)], sort_keys=True, default=str) for sample in samples]
     group_id = [groups.setdefault(key, len(groups)) for key in keys]
     scores = score(loaded_rewards, media, [sample.prompt for sample in samples], group_id)
-    path = out or folder / "scores.jsonl"
     write_scores(path, samples, scores)
     console = Console()
     console.print(table(scores, num_prompts=len(groups)))
@@ -55,6 +59,23 @@ def parse_reward(text: str) -> RewardConfig:
     except ValueError as error:
         raise ConfigError([str(error)], f"-r '{text}'") from None
     return validate(RewardConfig, value if isinstance(value, dict) else {"name": text}, f"-r '{text}'")
+
+
+def refuse_other_scores(path: Path, rewards: Collection[str]) -> None:
+    """The default file is only replaced by scores of the same rewards.
+
+    Raises:
+        ValueError: it holds scores that this command would not make again.
+    """
+    if not path.is_file():
+        return
+    try:
+        held = {name for line in path.read_text(encoding="utf-8").splitlines() for name in json.loads(line)} - {"file", "prompt", "seed"}
+    except (TypeError, json.JSONDecodeError):
+        raise ValueError(f"{path} exists and was not written by visalign score; name another file with --out") from None
+    if lost := held - set(rewards):
+        raise ValueError(f"{path} holds scores of {', '.join(sorted(lost))}, which this command would not make again; "
+                         f"give --out {path.with_name('scores-' + '-'.join(rewards) + '.jsonl')}, or remove it")
 
 
 def find_samples(folder: Path, source: str | None) -> list[Sample]:

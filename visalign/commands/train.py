@@ -41,9 +41,11 @@ def run(name: str | None, overrides: list[str], *, plan: bool, resume: Path | No
 
 def train(config: Config, folder: Path, *, resume: bool) -> None:
     """Run the loop with progress bars and say where everything is."""
+    from visalign.commands.pipelines import choose_device
     from visalign.loop import train as loop
     from visalign.progress import Bars
 
+    choose_device(config.model.device, "model.device")
     quiet_libraries()
     console = Console(stderr=True, quiet=not is_main())
     console.print(f"run folder: {folder}", highlight=False)

@@ -46,7 +46,9 @@ def _loading(run: Path, config: Config, call: str) -> list[str]:
     imports = ["import peft"] if any("peft." in line for line in loads) else []
     return ["## Use", "", "```python", *imports, "from diffusers import DiffusionPipeline", "", 'ADAPTER = "path/to/this/folder"',
             f'pipe = DiffusionPipeline.from_pretrained("{resolve_path(config.model.path)}")', *loads,
-            f'image = pipe("a prompt", {call}).images[0]', "```", ""]
+            f'image = pipe("a prompt", {call}).images[0]', "```", "",
+            *(["diffusers may say \"No LoRA keys associated to CLIPTextModel found\" while loading: the text encoders were not trained, "
+               "and the message is harmless.", ""] if any("load_lora_weights" in line for line in loads) else [])]
 
 
 def _table(compared: Mapping[str, Compared], references: Mapping[str, Mapping[str, float]]) -> list[str]:
