@@ -15,8 +15,8 @@ from visalign.cli import app
 
 PROMPTS = ["a red circle", "two blue squares", "A red circle", "a green triangle"]
 SETTINGS = ["model.eval_call={}", "guards=[{name: jpeg_incompressibility}]", "rewards=[{name: jpeg_compressibility}]", "train.iterations=2",
-            "train.groups=2", "train.group_size=4", "train.microbatch=4", "evaluation.num_prompts=4", "evaluation.every=0",
-            "train.learning_rate=1e-2"]
+            "train.groups=2", "train.group_size=4", "train.updates=1", "train.microbatch=4", "evaluation.num_prompts=4",
+            "evaluation.every=0", "train.learning_rate=1e-2"]
 PLAIN = """
 import sys, torch
 from diffusers import DiffusionPipeline
@@ -100,5 +100,5 @@ def test_inspect_shows_what_was_found(model: Path) -> None:
 
 def test_inspect_refuses_what_it_cannot_run(model: Path) -> None:
     result = visalign("inspect", model, "num_inference_stepz=3")
-    assert result.exit_code == 1
+    assert result.exit_code == 2  # a usage error: the call has no such argument
     assert "num_inference_stepz" in result.stderr
