@@ -97,8 +97,8 @@ def test_overrides_apply(override: str, path: tuple[str | int, ...], expected: A
 
 
 def test_overrides_reach_the_validated_configuration_and_the_last_one_wins() -> None:
-    config = load_config("quickstart", ["train.groups=4", "train.updates=1", "train.group_size=8", "train.microbatch=16", "train.microbatch=32",
-                                        "sampler.dynamics={name: cps, eta: 0.5}"])
+    config = load_config("quickstart", ["train.groups=4", "train.updates=1", "train.group_size=8", "train.microbatch=16",
+                                        "train.microbatch=32", "sampler.dynamics={name: cps, eta: 0.5}"])
     assert (config.train.groups, config.train.group_size, config.train.microbatch) == (4, 8, 32)
     assert config.sampler.dynamics.params == {"eta": 0.5}
 
