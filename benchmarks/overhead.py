@@ -85,11 +85,11 @@ def updates(policy: PipelinePolicy, prompts: Any, arguments: argparse.Namespace)
     """(GRPO losses and backwards over the stored steps, the same denoiser calls with a mean as loss)."""
     made = rollout(policy, prompts, arguments.group_size, FlowSDE(0.7), RandomWindow(size=2), seed=0, microbatch=arguments.microbatch)
     advantage = torch.randn(made.num_samples, 1).expand(-1, len(made.transitions))
-    experience = Experience(made, advantage, torch.ones(made.num_samples, dtype=torch.bool), 0)
+    experience = Experience(made, advantage, torch.ones(made.num_samples, dtype=torch.bool), 0, advantage[:, 0])
     batch, algorithm = Batch(experience, torch.arange(made.num_samples), float(made.num_samples)), GRPO(clip=1e-2)
 
     def whole() -> None:
-        for microbatch in algorithm.microbatches(batch, arguments.microbatch, torch.Generator()):
+        for microbatch in algorithm.microbatches(policy, batch, arguments.microbatch, seed=0):
             algorithm.loss(policy, microbatch).loss.backward()
 
     calls, latents = bare_inputs(policy, prompts, arguments)

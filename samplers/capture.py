@@ -7,6 +7,7 @@ combines predictions (`visalign.samplers.combine`). Arguments that double with t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +50,7 @@ class Capture:
     batched: bool
     batch_note: str
     num_iterations: int
+    scheduler: Any
 
     @property
     def steps_to_encode(self) -> int:
@@ -80,7 +82,8 @@ def capture(observer: Observer, call: PipelineCall, prompt: Prompt) -> Capture:
         )
     runs = probe_runs(observer, lambda: call.one(prompt))
     base = runs.zeros
-    fit = fit_schedule(next(iter(_stepping(observer))), [step.timestep for step in base.steps])
+    scheduler = copy.deepcopy(next(iter(_stepping(observer))))
+    fit = fit_schedule(scheduler, [step.timestep for step in base.steps])
     sites, site_of = find_sites(runs)
     sites, batched, note = _find_rows(observer, call, prompt, runs, sites, site_of)
     plans = [_plan(runs, sites, site_of, k) for k in fit.first_index]
@@ -100,6 +103,7 @@ def capture(observer: Observer, call: PipelineCall, prompt: Prompt) -> Capture:
         batched,
         note,
         len(base.steps),
+        scheduler,
     )
 
 

@@ -174,6 +174,14 @@ class StepSelection(Protocol):
 
 
 @dataclass(frozen=True)
+class NoSteps:
+    """Nothing is stochastic and nothing is stored: for algorithms that learn from clean samples."""
+
+    def select(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
 class AllSteps:
     """Every step but the last."""
 
@@ -280,6 +288,7 @@ class ProgressiveWindow:
 
 DYNAMICS: Mapping[str, type[Any]] = {"ode": ODE, "flow_sde": FlowSDE, "dance_sde": DanceSDE, "cps": CPS, "ddim": DDIM}
 STEP_SELECTIONS: Mapping[str, type[Any]] = {
+    "none": NoSteps,
     "all": AllSteps,
     "window": Window,
     "random_window": RandomWindow,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from visalign.maths.oracle import GaussianWorld
+from visalign.samplers.times import SchedulerTimes
 from visalign.types import Media, Prediction, Prompt, Role, Schedule
 
 
@@ -68,6 +69,7 @@ class GaussianPolicy(nn.Module):
         self.device = torch.device("cpu")
         shape = (schedule.num_steps, *self.latent_shape) if per_step else self.latent_shape
         self.shift = nn.Parameter(torch.zeros(shape, dtype=dtype))
+        self.times = SchedulerTimes("flow", sigma_data=1.0, process="flow", low=0.0, high=1000.0, whole=False, ratio=lambda t: t / 1000)
         self._snapshots: dict[Role, Tensor] = {"reference": self.shift.detach().clone()}
 
     def encode(self, prompts: Sequence[Prompt]) -> GaussianConditioning:
@@ -86,13 +88,28 @@ class GaussianPolicy(nn.Module):
         Raises:
             ValueError: the role has no weights, or the conditioning has not one row per sample.
         """
+        weights = self.shift if role == "policy" else self._snapshot(role)
+        world = self._world(x, conditioning, weights[step] if self.per_step else weights)
+        return world.predict(x.to(torch.promote_types(x.dtype, self.mean.dtype)), self.schedule.levels[step])
+
+    def predict_at(self, x: Tensor, timesteps: Tensor, conditioning: GaussianConditioning, role: Role = "policy") -> Prediction:
+        """As `predict` at any timesteps (B,), with one shift for all levels.
+
+        Raises:
+            ValueError: the policy has one shift per step.
+        """
+        if self.per_step:
+            raise ValueError("a shift per step has no value between the steps; build GaussianPolicy(per_step=False)")
+        x = x.to(torch.promote_types(x.dtype, self.mean.dtype))
+        world = self._world(x, conditioning, self.shift if role == "policy" else self._snapshot(role))
+        alpha, sigma = (level.to(x.dtype).reshape(-1, *([1] * len(self.latent_shape))) for level in self.times.level(timesteps))
+        return world.predict_at(x, alpha, sigma)
+
+    def _world(self, x: Tensor, conditioning: GaussianConditioning, shift: Tensor) -> GaussianWorld:
         if len(conditioning) != x.shape[0]:
             raise ValueError(f"{x.shape[0]} states need as many conditioning rows, got {len(conditioning)}; repeat them with select")
-        weights = self.shift if role == "policy" else self._snapshot(role)
-        shift = weights[step] if self.per_step else weights
         offset = conditioning.offset.reshape(-1, *([1] * len(self.latent_shape)))
-        world = GaussianWorld(mean=self.mean + offset + shift, var=self.var)
-        return world.predict(x.to(torch.promote_types(x.dtype, self.mean.dtype)), self.schedule.levels[step])
+        return GaussianWorld(mean=self.mean + offset + shift, var=self.var)
 
     def decode(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> list[Media]:
         """Audio: the latents themselves, one sample per second. Image: [-1, 1] rounded to uint8."""
@@ -107,9 +124,12 @@ class GaussianPolicy(nn.Module):
     def has_role(self, role: Role) -> bool:
         return role == "policy" or role in self._snapshots
 
-    def snapshot(self, role: Role) -> None:
-        """Copy the current weights to ``role``, e.g. "old" before an update."""
-        self._snapshots[role] = self.shift.detach().clone()
+    def snapshot(self, role: Role, values: Mapping[str, Tensor] | None = None) -> None:
+        """Copy the current weights, or ``values``, to ``role``, e.g. "old" before an update."""
+        self._snapshots[role] = (self.shift if values is None else values["shift"]).detach().clone()
+
+    def snapshots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return {role: {"shift": tensor} for role, tensor in self._snapshots.items()}
 
     def _snapshot(self, role: Role) -> Tensor:
         if role not in self._snapshots:

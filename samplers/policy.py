@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -16,48 +16,15 @@ from visalign.maths.process import to_prediction
 from visalign.samplers.calls import PipelineCall
 from visalign.samplers.capture import Capture, capture
 from visalign.samplers.codec import Codec
+from visalign.samplers.conditioning import EncodedPrompt, Family, PipelineConditioning, row_shapes
+from visalign.samplers.denoise import Denoise
 from visalign.samplers.observe import CaptureError, Observer
 from visalign.samplers.roles import Roles
-from visalign.samplers.sites import Site, batch_rows
-from visalign.samplers.slots import Path, fill_in, join_rows, leaves, split_rows
+from visalign.samplers.slots import leaves, split_rows
+from visalign.samplers.times import SchedulerTimes, fit_times
 from visalign.types import Media, Prediction, Prompt, Role, Schedule
 
 PROBE = Prompt("a photo of a dog")
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt's conditioning, as the pipeline prepared it: per site, the rows of its per-sample arguments.
-
-    ``family`` is equal for prompts whose arguments can share one batch (same shapes, same shared arguments).
-    """
-
-    rows: tuple[dict[Path, list[Any]], ...]
-    family: int
-
-
-class PipelineConditioning:
-    """Encoded prompts, one per row. Rows repeat by reference: a group of G samples stores its prompt once."""
-
-    def __init__(self, prompts: Sequence[EncodedPrompt]) -> None:
-        self.prompts = tuple(prompts)
-        self._joined: dict[tuple[int, tuple[int, ...]], dict[Path, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def select(self, rows: Sequence[int]) -> PipelineConditioning:
-        return PipelineConditioning([self.prompts[row] for row in rows])
-
-    def joined(self, index: int, site: Site, members: tuple[int, ...]) -> dict[Path, Any]:
-        """The per-sample arguments of one site for some rows as one batch; kept for the next step."""
-        key = (index, members)
-        if key not in self._joined:
-            self._joined[key] = {
-                path: join_rows([self.prompts[m].rows[index][path] for m in members], site.rows[path], site.order)
-                for path in self.prompts[members[0]].rows[index]
-            }
-        return self._joined[key]
 
 
 class PipelinePolicy:
@@ -88,7 +55,8 @@ class PipelinePolicy:
         self.device = next(next(iter(self.denoisers.values())).parameters()).device
         self.codec = Codec(self.observer, self.call, self.capture, probe, rate)
         self._encoded: dict[Any, EncodedPrompt] = {}
-        self._families: list[Any] = []
+        self._families: list[Family] = []
+        self.denoise = Denoise(self.observer, self.capture, self.device)
 
     @classmethod
     def from_pipeline(cls, pipe: Any, *, probe: Prompt = PROBE, **call: Any) -> PipelinePolicy:
@@ -121,6 +89,11 @@ class PipelinePolicy:
         """The same weights under other call arguments (more steps, other guidance), captured anew."""
         return PipelinePolicy(self.pipe, {**self.call.fixed, **changes}, self.roles, self.rate, self.probe)
 
+    @cached_property
+    def times(self) -> SchedulerTimes:  # type: ignore[override]
+        """Noise levels of the whole training range by timestep; see `visalign.samplers.times`."""
+        return fit_times(self.capture.scheduler, self.capture.fit)
+
     def encode(self, prompts: Sequence[Prompt]) -> PipelineConditioning:
         """One row per prompt. Each distinct prompt runs the pipeline up to its first denoiser calls, once."""
         return PipelineConditioning([self._encode(prompt) for prompt in prompts])
@@ -152,11 +125,11 @@ class PipelinePolicy:
                 values.pop(site.latent.path)
             rows.append({path: split_rows(value, site.rows[path]) for path, value in values.items() if path in site.rows})
             shared.append({path: value for path, value in values.items() if path not in site.rows})
-        shapes = [{path: [_shape(row) for row in part] for path, part in site_rows.items()} for site_rows in rows]
-        family = next((i for i, known in enumerate(self._families) if known[0] == shapes and _equal(known[1], shared)), None)
+        shapes = row_shapes(rows)
+        family = next((known for known in self._families if known.fits(shapes, shared)), None)
         if family is None:
-            family = len(self._families)
-            self._families.append((shapes, shared))
+            family = Family(shapes, tuple(shared))
+            self._families = [*self._families[-63:], family]
         return EncodedPrompt(tuple(rows), family)
 
     def predict(self, x: Tensor, step: int, conditioning: PipelineConditioning, role: Role = "policy") -> Prediction:
@@ -165,79 +138,93 @@ class PipelinePolicy:
         Raises:
             ValueError: x and conditioning have different lengths.
         """
+        output = self.model_output(x, step, conditioning, role)
+        level, fit = self.schedule.levels[step], self.capture.fit
+        return to_prediction(output, x.float(), level.alpha, level.sigma, fit.kind, fit.sigma_data)
+
+    def model_output(self, x: Tensor, step: int, conditioning: PipelineConditioning, role: Role = "policy",
+                     negative: Role | None = None) -> Tensor:
+        """What the pipeline would hand to ``scheduler.step``, float32, shaped like x.
+
+        With ``negative`` the predictions that guidance subtracts (negative weights) are made by that role's weights instead:
+        Diffusion-NPO, arXiv:2505.11245.
+
+        Raises:
+            ValueError: x and conditioning have different lengths; ``negative`` without anything that guidance subtracts.
+        """
+        plan, timestep = self.capture.plans[step], self.schedule.timesteps[step]
+
+        def predictions(role: Role, rows: Tensor, members: tuple[int, ...]) -> list[Tensor]:
+            with self.roles.use(role):
+                return self.denoise.predictions(rows, plan, [timestep] * len(members), plan.scales, conditioning, members)
+
+        def output(members: tuple[int, ...]) -> Tensor:
+            rows = x if len(members) == x.shape[0] else x[list(members)]
+            found = predictions(role, rows, members)
+            if negative is not None:
+                against = predictions(negative, rows, members)
+                found = [other if weight < 0 else own
+                         for own, other, weight in zip(found, against, plan.combination.weights, strict=True)]
+            return plan.combination(found, rows.float())
+
+        if negative is not None and not self.subtracts(step):
+            raise ValueError(f"step {step} combines its predictions as {plan.combination.describe()}: guidance subtracts nothing there, so "
+                             "that a negative model has no place; call the pipeline with classifier-free guidance (guidance_scale above 1)")
+        return self._by_family(conditioning, x, output)
+
+    def subtracts(self, step: int) -> bool:
+        """Whether guidance subtracts a prediction at this step, as classifier-free guidance does."""
+        weights = self.capture.plans[step].combination.weights
+        return len(weights) > 1 and min(weights) < 0 < max(weights)
+
+    def predict_at(self, x: Tensor, timesteps: Tensor, conditioning: PipelineConditioning, role: Role = "policy") -> Prediction:
+        """As `predict`, at any timesteps (B,) of the training range, one per row.
+
+        Sites, guidance and, where two denoisers take turns, the denoiser are those of the nearest step of the schedule.
+
+        Raises:
+            ValueError: lengths differ, or a timestep outside the training range.
+            CaptureError: the scheduler does not tell which level belongs to a timestep.
+        """
+        if timesteps.shape != (x.shape[0],):
+            raise ValueError(f"x has {x.shape[0]} samples but timesteps {tuple(timesteps.shape)}; give one per row")
+        fit, times = self.capture.fit, timesteps.detach().to("cpu", torch.float64)
+        alpha, sigma = self.times.level(times)
+        visited = torch.tensor(self.schedule.timesteps, dtype=torch.float64)
+        nearest = (times.unsqueeze(1) - visited).abs().argmin(dim=1).tolist()
+
+        def output(members: tuple[int, ...]) -> Tensor:
+            rows, index = (x, slice(None)) if len(members) == x.shape[0] else (x[list(members)], list(members))
+            plan, at = self.capture.plans[nearest[members[0]]], times[index].tolist()
+            if len(set(at)) > 1 and not self.denoise.takes_rows_of_times(plan, rows, at, conditioning, members):
+                together: dict[float, list[int]] = {}
+                for place, time in enumerate(at):
+                    together.setdefault(time, []).append(place)
+                order = torch.tensor([place for places in together.values() for place in places]).argsort()
+                return torch.cat([output(tuple(members[place] for place in places)) for places in together.values()])[order.to(x.device)]
+            scales = self.denoise.scales_at(plan, alpha[index], sigma[index])
+            found = self.denoise.predictions(rows, plan, at, scales, conditioning, members)
+            return plan.combination(found, rows.float())
+
+        alike = [(self.capture.plans[step].sites, self.capture.plans[step].combination.describe()) for step in nearest]
+        with self.roles.use(role):
+            answer = self._by_family(conditioning, x, output, alike)
+        return to_prediction(answer, x.float(), alpha.float(), sigma.float(), fit.kind, fit.sigma_data)
+
+    def _by_family(self, conditioning: PipelineConditioning, x: Tensor, output: Callable[[tuple[int, ...]], Tensor],
+                   also: Sequence[Any] | None = None) -> Tensor:
+        """``output`` of the rows that can share a batch, back in order; ``also``: rows must agree in this too."""
         if len(conditioning) != x.shape[0]:
             raise ValueError(f"x has {x.shape[0]} samples but conditioning {len(conditioning)} rows; select() one row per sample")
         families: dict[Any, list[int]] = {}
         for row, prompt in enumerate(conditioning.prompts):
-            families.setdefault(prompt.family if self.capture.batched else row, []).append(row)
-        with self.roles.use(role):
-            parts = [
-                self._model_output(x[members] if len(families) > 1 else x, step, conditioning, tuple(members))
-                for members in families.values()
-            ]
-        output = parts[0]
-        if len(parts) > 1:
-            order = torch.tensor([row for members in families.values() for row in members]).argsort()
-            output = torch.cat(parts)[order.to(x.device)]
-        level, fit = self.schedule.levels[step], self.capture.fit
-        return to_prediction(output.float(), x.float(), level.alpha, level.sigma, fit.kind, fit.sigma_data)
-
-    def _model_output(self, x: Tensor, step: int, conditioning: PipelineConditioning, members: tuple[int, ...]) -> Tensor:
-        """What the pipeline would hand to ``scheduler.step`` for these rows of one family."""
-        plan, timestep = self.capture.plans[step], self.schedule.timesteps[step]
-        predictions: list[Tensor] = []
-        outputs: list[list[Tensor]] = []
-        for index, scale in zip(plan.sites, plan.scales, strict=True):
-            site = self.capture.sites[index]
-            arguments = self._arguments(index, site, x, scale, timestep, conditioning, members, outputs)
-            returned = self.observer.modules[site.module](**arguments)
-            outputs.append([leaf for leaf in torch.utils._pytree.tree_leaves(returned) if isinstance(leaf, Tensor)])
-            if site.output is not None:
-                rows = batch_rows(site, returned, x.shape[0])
-                predictions += [row.reshape(x.shape).float() for row in rows]
-        return plan.combination(predictions, x.float())
-
-    def _arguments(
-        self,
-        index: int,
-        site: Site,
-        x: Tensor,
-        scale: float,
-        timestep: float,
-        conditioning: PipelineConditioning,
-        members: tuple[int, ...],
-        outputs: list[list[Tensor]],
-    ) -> dict[str, Any]:
-        batch = x.shape[0]
-        values: dict[Path, Any] = dict(self._families[conditioning.prompts[members[0]].family][1][index])
-        values.update(conditioning.joined(index, site, members))
-        for slot in site.times:
-            value = slot.value(timestep)
-            value = value.to(self.device) if isinstance(value, Tensor) and value.ndim else value
-            values[slot.path] = (
-                join_rows([split_rows(value, site.rows[slot.path])] * batch, site.rows[slot.path], site.order)
-                if slot.path in site.rows
-                else value
-            )
-        for path, (position, tensor) in site.links.items():
-            values[path] = outputs[position][tensor]
-        if site.latent is not None:
-            state = x if scale == 1 else scale * x
-            held = values.get(site.latent.path)
-            backgrounds = [None] * site.copies if held is None else self._background(held, site, batch)
-            rows = [
-                gather(state, background).to(site.latent.dtype) for gather, background in zip(site.latent.gathers, backgrounds, strict=True)
-            ]
-            stacked = torch.stack(rows, dim=0 if site.order == "chunk" else 1).flatten(0, 1) if len(rows) > 1 else rows[0]
-            values[site.latent.path] = list(stacked.unbind(0)) if site.latent.as_list else stacked
-        return fill_in(site.template, values)
-
-    @staticmethod
-    def _background(held: Any, site: Site, batch: int) -> list[Any]:
-        tensor = torch.stack(held) if isinstance(held, list) else held
-        if site.order == "chunk":
-            return list(tensor.reshape(site.copies, batch, *tensor.shape[1:]).unbind(0))
-        return list(tensor.reshape(batch, site.copies, *tensor.shape[1:]).unbind(1))
+            key = id(prompt.family) if self.capture.batched else row
+            families.setdefault((key, None if also is None else also[row]), []).append(row)
+        parts = [output(tuple(members)) for members in families.values()]
+        if len(parts) == 1:
+            return parts[0].float()
+        order = torch.tensor([row for members in families.values() for row in members]).argsort()
+        return torch.cat(parts)[order.to(x.device)].float()
 
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
         """What the pipeline itself would start from with ``generator=torch.Generator("cpu").manual_seed(seed)``, one per seed.
@@ -275,6 +262,12 @@ class PipelinePolicy:
     def has_role(self, role: Role) -> bool:
         return self.roles.has_role(role)
 
+    def snapshot(self, role: Role, values: Mapping[str, Tensor] | None = None) -> None:
+        self.roles.snapshot(role, values)
+
+    def snapshots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return self.roles.snapshots()
+
     def train(self, mode: bool = True) -> None:
         for module in self.denoisers.values():
             module.train(mode)
@@ -296,23 +289,3 @@ class PipelinePolicy:
         """Write what was trained in the form plain diffusers loads; ``loading.json`` holds the line that loads each component."""
         loads = self.roles.save(self.pipe, folder)
         folder.joinpath("loading.json").write_text(json.dumps(loads, indent=2), encoding="utf-8")
-
-
-def _shape(row: Any) -> Any:
-    return tuple(row.shape) if isinstance(row, Tensor) else repr(row)
-
-
-def _equal(one: Any, two: Any) -> bool:
-    """Whether shared arguments of all sites agree."""
-    for a, b in zip(one, two, strict=True):
-        if a.keys() != b.keys():
-            return False
-        for path in a:
-            x, y = a[path], b[path]
-            if isinstance(x, Tensor) != isinstance(y, Tensor):
-                return False
-            if isinstance(x, Tensor) and (x.shape != y.shape or not torch.equal(x, y)):
-                return False
-            if isinstance(x, int | float | str | bool) and x != y:
-                return False
-    return True

@@ -99,6 +99,10 @@ class Roles:
             name: tensor.detach().to("cpu" if offload else tensor.device, copy=True) for name, tensor in source.items()
         }
 
+    def snapshots(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors kept for each role."""
+        return dict(self._snapshots)
+
     @contextmanager
     def use(self, role: Role) -> Iterator[None]:
         """Inside, the denoisers carry this role's weights; afterwards exactly what they carried before.
@@ -108,7 +112,7 @@ class Roles:
         """
         if role == "policy":
             yield
-        elif role == "reference" and self.mode == "lora":
+        elif role == "reference" and self.mode == "lora" and role not in self._snapshots:
             with self._adapters_off():
                 yield
         elif role in self._snapshots:

@@ -24,7 +24,8 @@ INITIAL, STEP = 0, 1  # what a seed is for: derive_seed(seed, sample index, INIT
 
 def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics: Dynamics, steps: StepSelection, *, seed: int,
             iteration: int = 0, first_index: int = 0, same_initial_noise: bool = False, storage_dtype: torch.dtype = torch.float32,
-            microbatch: int | None = None, keep_prediction: bool = True, storage_device: torch.device | str | None = None) -> Trajectory:
+            microbatch: int | None = None, keep_prediction: bool = True, storage_device: torch.device | str | None = None,
+            role: Role = "policy") -> Trajectory:
     """Sample ``group_size`` times per prompt, without gradients, in evaluation mode and under the caller's autocast.
 
     Args:
@@ -37,6 +38,7 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
         microbatch: samples per denoiser call, ``None`` for all at once; changes memory, not the samples.
         keep_prediction: store the velocity at the stored steps.
         storage_device: where the trajectory is kept, ``None`` for the policy's device; ``"cpu"`` saves accelerator memory.
+        role: whose weights sample.
     Returns:
         N = P * group_size samples, group by group.
     Raises:
@@ -72,11 +74,11 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
             state = policy.initial_latents([derive_seed(seed, index, INITIAL) for index in noise_index[at].tolist()])
             for step, transition in enumerate(transitions):
                 if step not in stored:
-                    state = transition_mean(policy.predict(state, step, chunk), transition)
+                    state = transition_mean(policy.predict(state, step, chunk, role), transition)
                     continue
                 entry = stored.index(step)
                 state = _round(state, storage_dtype)
-                prediction = policy.predict(state, step, chunk)
+                prediction = policy.predict(state, step, chunk, role)
                 mean = transition_mean(prediction, transition)
                 seeds = [derive_seed(seed, index, STEP + step) for index in sample_index[at].tolist()]
                 after = _round(mean + transition.std * standard_normal(seeds, policy.latent_shape).to(mean), storage_dtype)
@@ -143,10 +145,11 @@ class TrajectorySampler:
     storage_device: torch.device | str | None = None
     keep_prediction: bool = True
 
-    def rollout(self, policy: Policy, prompts: Sequence[Prompt], *, iteration: int, first_index: int) -> Trajectory:
+    def rollout(self, policy: Policy, prompts: Sequence[Prompt], *, rows: Sequence[int], iteration: int, first_index: int,
+                role: Role = "policy") -> Trajectory:
         return rollout(policy, prompts, self.group_size, self.dynamics, self.steps, seed=self.seed, iteration=iteration,
                        first_index=first_index, same_initial_noise=self.same_initial_noise, storage_dtype=self.storage_dtype,
-                       microbatch=self.microbatch, keep_prediction=self.keep_prediction, storage_device=self.storage_device)
+                       microbatch=self.microbatch, keep_prediction=self.keep_prediction, storage_device=self.storage_device, role=role)
 
     def generate(self, policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], role: Role = "policy") -> Tensor:
         return generate(policy, prompts, seeds, microbatch=self.microbatch, role=role)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.maths.process import PredictionKind, to_prediction
+from visalign.maths.process import to_prediction
 from visalign.samplers.observe import CaptureError
-from visalign.types import NoiseLevel, Schedule
+from visalign.types import NoiseLevel, PredictionKind, Schedule
 
 TOLERANCE = 2e-4
 _KINDS: tuple[PredictionKind, ...] = ("flow", "epsilon", "v_prediction", "sample", "edm")

@@ -70,7 +70,8 @@ def parts(settings: Config, reward: Callable[..., Any] = mean_value, num_steps: 
     algorithm = GRPO(clip=settings.algorithm.clip, surrogate=settings.algorithm.surrogate, kl_weight=settings.algorithm.kl_weight,
                      iterations=settings.train.iterations, old_log_prob=settings.algorithm.old_log_prob)
     term = RewardTerm("value", FunctionReward(reward, name="value", modality=["audio"]))
-    values: dict[str, Any] = {"policy": policy, "eval_policy": policy, "sampler": sampler, "algorithm": algorithm, "terms": [term],
+    values: dict[str, Any] = {"policy": policy, "train_policy": policy, "eval_policy": policy, "sampler": sampler, "algorithm": algorithm,
+                              "terms": [term],
                               "guards": {}, "prompts": PROMPTS, "eval_prompts": PROMPTS, "save_adapter": lambda folder: None}
     return Parts(**{**values, **changes})
 

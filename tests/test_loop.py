@@ -74,7 +74,7 @@ def world(cls=GaussianPolicy):
 
 
 def run_with(policy, tmp_path, *overrides, **changes):
-    return go(tmp_path / "run", config(*overrides), policy=policy, eval_policy=policy, **changes)
+    return go(tmp_path / "run", config(*overrides), policy=policy, train_policy=policy, eval_policy=policy, **changes)
 
 
 def test_a_policy_that_trains_differently_from_how_it_samples_is_stopped(tmp_path):

@@ -41,8 +41,9 @@ def build(config: Config, processes: Processes) -> Parts:
     policy = build_policy(config, processes, probe=prompts[0])
     checkpoint.seed_everything(derive_seed(config.train.seed, 1, processes.rank))
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
-    return Parts(policy=policy, eval_policy=eval_policy, sampler=sampler, algorithm=build_algorithm(config), terms=terms, guards=guards,
-                 prompts=prompts, eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
+    train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
+    return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=build_algorithm(config),
+                 terms=terms, guards=guards, prompts=prompts, eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
 
 
 def build_prompts(config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:

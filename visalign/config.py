@@ -75,6 +75,8 @@ class ModelConfig(Section):
         dtype: of the frozen weights; trained weights and latents follow ``train.precision`` and ``sampler.storage_dtype``.
         device: ``auto`` takes an accelerator when there is one.
         call: what you would pass to the pipeline (``num_inference_steps``, ``guidance_scale``, ``height``, ...), unchanged.
+        train_call: keys that replace those of ``call`` in the update of algorithms that noise clean samples (all but grpo): they train the
+            conditional prediction, so a model sampled with classifier-free guidance is trained with ``{guidance_scale: 1.0}``.
         eval_call: keys that replace those of ``call`` during evaluation and in ``visalign sample``.
     """
 
@@ -82,9 +84,10 @@ class ModelConfig(Section):
     dtype: Dtype = "float32"
     device: str = "auto"
     call: dict[str, Any] = Field(default_factory=dict)
+    train_call: dict[str, Any] = Field(default_factory=dict)
     eval_call: dict[str, Any] = Field(default_factory=dict)
 
-    @field_validator("call", "eval_call")
+    @field_validator("call", "train_call", "eval_call")
     @classmethod
     def _no_prompt(cls, call: dict[str, Any]) -> dict[str, Any]:
         taken = sorted({"prompt", "negative_prompt", "generator", "latents", "num_images_per_prompt"} & call.keys())

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from visalign.maths.advantages import AdvantageRule, group_advantages
-from visalign.protocols import Reward
+from visalign.protocols import Reward, SetReward
 from visalign.types import Scores
 
 
@@ -38,7 +38,7 @@ class RewardTerm:
     """
 
     name: str
-    reward: Reward
+    reward: Reward | SetReward
     weight: float = 1.0
     required: bool = True
     shift: float = 0.0
@@ -54,6 +54,28 @@ class RewardTerm:
     def standardise(self, scores: Scores) -> Tensor:
         """``(value - shift) / scale``, float64 (n,), NaN where invalid."""
         return (scores.value.double() - self.shift) / self.scale
+
+
+def judge_sets(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group_id: Tensor) -> dict[str, Scores]:
+    """Scores with every set-level reward's judgement of all N gathered samples in place of its zeros.
+
+    Groups with a sample that has no features are left out of the set, so that sets of equal size are compared.
+    """
+    judged = dict(scores)
+    for term in terms:
+        found = scores[term.name]
+        if found.features is None or not isinstance(term.reward, SetReward):
+            continue
+        group = group_id.unique(return_inverse=True)[1]
+        broken = torch.zeros(int(group.max()) + 1, dtype=torch.bool).index_put((group[~found.valid],), torch.tensor(True))
+        whole = ~broken[group]
+        values = torch.full(found.raw.shape, torch.nan)
+        if bool(whole.any()):
+            values[whole] = term.reward.credit(found.features[whole], group_id[whole]).float()
+        reasons = tuple(None if ok else reason or "its group is incomplete"
+                        for ok, reason in zip(whole.tolist(), found.reasons, strict=True))
+        judged[term.name] = replace(found, raw=term.reward.spec.direction * values, value=values, valid=whole, reasons=reasons)
+    return judged
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visalign import checkpoint, invariants, scoring
 from visalign.config import Config
-from visalign.credit import CircuitBreaker, Credit, assign_credit
+from visalign.credit import CircuitBreaker, Credit, assign_credit, judge_sets
 from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
@@ -118,17 +118,22 @@ class Loop:
 
     def collect(self) -> Trajectory:
         """This process's groups: P_local prompts, G samples each."""
-        prompts = [self.parts.prompts[i] for i in self.state.data.next()]
-        mine = self.processes.share(len(prompts))
+        drawn = self.state.data.next()
+        mine = self.processes.share(len(drawn))
+        rows = [drawn[i] for i in mine]
         first = (self.state.iteration * self.geometry.groups + mine.start) * self.geometry.group_size
+        self.parts.algorithm.begin(self.parts.train_policy, self.state.iteration)
         with self.state.optimization.autocast(cache=True):
-            trajectory = self.parts.sampler.rollout(self.parts.policy, [prompts[i] for i in mine], iteration=self.state.iteration,
-                                                    first_index=first)
+            trajectory = self.parts.sampler.rollout(self.parts.policy, [self.parts.prompts[row] for row in rows], rows=rows,
+                                                    iteration=self.state.iteration, first_index=first,
+                                                    role=self.parts.algorithm.rollout_role)
         invariants.check_groups(trajectory, self.geometry.group_size)
         return trajectory
 
     def score(self, trajectory: Trajectory) -> dict[str, Scores]:
-        """Scores of this process's samples by reward name, each (N_local,)."""
+        """Scores of this process's samples by reward name, each (N_local,); those of a data set come with it."""
+        if trajectory.scores:
+            return dict(trajectory.scores)
         media: list[Media] = []
         prompts = [trajectory.prompts[g] for g in trajectory.group_id.tolist()]
         with torch.no_grad():
@@ -139,22 +144,23 @@ class Loop:
 
     def credit(self, trajectory: Trajectory, scores: Mapping[str, Scores]) -> tuple[Experience, Credit]:
         """Advantages from the statistics of all processes' samples; this process keeps its own rows."""
-        everyone = concatenate_scores(self.processes.gather_objects(dict(scores)))
         group_id = torch.arange(self.geometry.samples) // self.geometry.group_size
+        everyone = judge_sets(self.parts.terms, concatenate_scores(self.processes.gather_objects(dict(scores))), group_id)
         self.state.breaker.update({term.name: everyone[term.name] for term in self.parts.terms if term.required})
         credit = assign_credit(self.parts.terms, everyone, group_id, AdvantageRule(**self.config.algorithm.advantage.model_dump()))
         invariants.check_advantages(credit.advantage, everyone, group_id)
         share = self.processes.share(self.geometry.samples)
         own = slice(share.start, share.stop)
         advantage = credit.advantage[own].unsqueeze(1).expand(-1, len(trajectory.transitions))
-        return Experience(trajectory, advantage.to(trajectory.log_prob), credit.valid[own], self.state.iteration), credit
+        made = Experience(trajectory, advantage.to(trajectory.log_prob), credit.valid[own], self.state.iteration, credit.reward[own])
+        return made, credit
 
     def update(self, experience: Experience) -> dict[str, float]:
         """``updates`` optimizer steps, each on its share of every group; returns metrics over all of them."""
         optimization, algorithm = self.state.optimization, self.parts.algorithm
         self.parts.policy.train(True)
         with optimization.autocast():
-            experience = algorithm.prepare(self.parts.policy, experience, self.geometry.microbatch)
+            experience = algorithm.prepare(self.parts.train_policy, experience, self.geometry.microbatch)
         assignment = self.assignment(experience.trajectory)
         whole, steps = Tally(), list[Step]()
         for update in range(self.geometry.updates):
@@ -162,7 +168,7 @@ class Loop:
             denominator = self.processes.sum([float(experience.valid[rows].sum())])[0]
             if denominator == 0:
                 continue  # not one valid sample anywhere; the circuit breaker stops a run in which this persists
-            tally = self.accumulate(Batch(experience, rows, denominator), update).over(self.processes)
+            tally = self.accumulate(Batch(experience, rows, denominator, self.processes.sum), update).over(self.processes)
             if update == 0:
                 invariants.check_reference(tally.maxima, moved=self.moved, iteration=experience.iteration)
                 invariants.check_first_update(tally.maxima, iteration=experience.iteration, num_dims=experience.trajectory.num_dims,
@@ -179,19 +185,21 @@ class Loop:
     def accumulate(self, batch: Batch, update: int) -> Tally:
         """Gradients of one optimizer step on this process: a sum over micro-batches, already over the global denominator."""
         optimization, tally = self.state.optimization, Tally()
-        seed = derive_seed(self.config.train.seed, batch.experience.iteration, update, self.processes.rank, MICROBATCHES)
-        generator = torch.Generator().manual_seed(seed)
-        for microbatch in self.parts.algorithm.microbatches(batch, self.geometry.microbatch, generator):
+        seed = derive_seed(self.config.train.seed, batch.experience.iteration, update, MICROBATCHES)
+        policy, algorithm = self.parts.train_policy, self.parts.algorithm
+        for microbatch in algorithm.microbatches(policy, batch, self.geometry.microbatch, seed):
             with optimization.autocast():
-                terms = self.parts.algorithm.loss(self.parts.policy, microbatch)
+                terms = algorithm.loss(policy, microbatch)
             optimization.backward(terms.loss)
             tally.add(terms)
         return tally
 
     def assignment(self, trajectory: Trajectory) -> Tensor:
-        """Which optimizer step each sample belongs to, int64 (N_local,): a random equal share of every group.
+        """Which optimizer step each sample belongs to, int64 (N_local,): a random equal share of every group, or whole groups in turn.
 
         Members are permuted per group by the group's global index, so the answer is the same on any number of processes."""
+        if self.parts.algorithm.whole_groups:
+            return trajectory.group_id % self.geometry.updates
         firsts = trajectory.sample_index[::self.geometry.group_size].tolist()
         generators = [torch.Generator().manual_seed(derive_seed(self.config.train.seed, first, PERMUTATION)) for first in firsts]
         members = torch.stack([torch.randperm(self.geometry.group_size, generator=generator) for generator in generators])
@@ -200,9 +208,8 @@ class Loop:
     def evaluated(self, label: str) -> dict[str, float]:
         """Metrics of the current weights (their average, if there is one) on the evaluation prompts; kept under ``label``."""
         settings, optimization = self.config.evaluation, self.state.optimization
-        rewards = {**{term.name: term.reward for term in self.parts.terms}, **self.parts.guards}
         with self.phase("evaluate"), self.averaged_weights():
-            found = evaluate(self.parts.eval_policy, self.parts.sampler, rewards, self.parts.eval_prompts[:settings.num_prompts],
+            found = evaluate(self.parts.eval_policy, self.parts.sampler, self.parts.eval_rewards, self.parts.eval_prompts[:settings.num_prompts],
                              seed=settings.seed, batch=settings.batch, processes=self.processes, folder=self.folder.samples(label),
                              autocast=lambda: optimization.autocast(cache=True),
                              progress=lambda done, total: self.callback.on_phase("evaluate", done, total))

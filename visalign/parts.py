@@ -16,13 +16,14 @@ class Parts:
     """Everything a run is made of; built by ``build.build``, the only place that knows concrete leaves.
 
     Attributes:
-        policy: what is trained; ``eval_policy`` is the same weights under the evaluation's call arguments.
+        policy: what samples; the same weights under other call arguments are ``eval_policy`` (evaluations) and ``train_policy`` (updates).
         sampler: makes trajectories and evaluation samples.
         terms: the rewards trained on; ``guards`` are watched in evaluations only.
         save_adapter: writes the trained weights into a folder, where the pipeline's own library loads them.
     """
 
     policy: Policy
+    train_policy: Policy
     eval_policy: Policy
     sampler: Sampler
     algorithm: Algorithm
@@ -31,3 +32,8 @@ class Parts:
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
     save_adapter: Callable[[Path], None]
+
+    @property
+    def eval_rewards(self) -> dict[str, Reward]:
+        """What evaluations ask: the rewards trained on and the guards, without those that judge whole sets."""
+        return {**{term.name: term.reward for term in self.terms if isinstance(term.reward, Reward)}, **self.guards}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from visalign.types import (
     Batch,
@@ -16,6 +16,7 @@ from visalign.types import (
     MediaKind,
     NoiseLevel,
     Prediction,
+    PredictionKind,
     Prompt,
     Role,
     Schedule,
@@ -37,12 +38,40 @@ class Conditioning(Protocol):
         """Rows in the given order, repeats allowed (``[0] * G`` makes a group of one encoded prompt)."""
 
 
+class TrainingTimes(Protocol):
+    """The whole range of noise levels a denoiser was trained on; a schedule visits a few of them.
+
+    ``process`` is "flow" (alpha = 1 - sigma), "VP" (alpha^2 + sigma^2 = 1) or "sigma" (alpha = 1); ``kind`` what the network predicts.
+    """
+
+    @property
+    def kind(self) -> PredictionKind: ...
+
+    @property
+    def sigma_data(self) -> float: ...
+
+    @property
+    def process(self) -> str: ...
+
+    def level(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """``alpha`` and ``sigma``, float64 (B,) each, at the scheduler's own timesteps (B,)."""
+
+    def timestep(self, fraction: Tensor) -> Tensor:
+        """The scheduler's timestep, float64 (B,), at a fraction (B,) of the training range: 0 is data, 1 is noise."""
+
+
 class Policy(Protocol):
     """A generator whose denoiser can be asked, trained and reverted to its reference."""
 
     schedule: Schedule
     latent_shape: tuple[int, ...]
     device: Any
+
+    @property
+    def times(self) -> TrainingTimes:
+        """Noise levels by timestep.
+
+        Raises ValueError where the scheduler does not tell them."""
 
     def encode(self, prompts: Sequence[Prompt]) -> Conditioning:
         """One row per prompt; each distinct prompt is encoded once."""
@@ -55,6 +84,9 @@ class Policy(Protocol):
 
         Differentiable in the trainable weights and in ``x`` for every role but those without trainable weights."""
 
+    def predict_at(self, x: Tensor, timesteps: Tensor, conditioning: Any, role: Role = "policy") -> Prediction:
+        """As ``predict``, at any timesteps of the training range, float64 (B,), one per row."""
+
     def decode(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> list[Media]:
         """Clean latents (B, *latent_shape) to media, through the pipeline's own decode path; ``prompts`` are the samples' (B)."""
 
@@ -63,6 +95,12 @@ class Policy(Protocol):
 
     def has_role(self, role: Role) -> bool:
         """Whether ``predict(..., role=role)`` is possible now."""
+
+    def snapshot(self, role: Role, values: Mapping[str, Tensor] | None = None) -> None:
+        """Give ``role`` a copy of the trained tensors, or of ``values``."""
+
+    def snapshots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """The tensors behind every role that was given some, by role and name."""
 
     def train(self, mode: bool = True) -> None:
         """Switch the denoiser's training mode (dropout, gradient checkpointing)."""
@@ -125,11 +163,38 @@ class PairwiseReward(Protocol):
         """Probability that the first of each pair is better, in the order given (callers swap the order themselves)."""
 
 
+@runtime_checkable
+class DifferentiableReward(Protocol):
+    """A reward with gradients to the media; ``spec.differentiable`` is true."""
+
+    spec: RewardSpec
+
+    def score_tensor(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Values (B,), larger is better, differentiable in ``media``: images (B, 3, H, W) or video (B, frames, 3, H, W) in [0, 1],
+        audio (B, channels, samples) in [-1, 1]."""
+
+
+@runtime_checkable
+class SetReward(Protocol):
+    """Judges a set of samples as a whole: a distance between distributions, a diversity. ``spec.arity`` is "set"."""
+
+    spec: RewardSpec
+
+    def features(self, media: Sequence[Media], prompts: Sequence[Prompt]) -> Tensor:
+        """What the judgement is made of, float64 (n, d) on the CPU."""
+
+    def credit(self, features: Tensor, group_id: Tensor) -> Tensor:
+        """What every sample did for the set, float32 (N,), larger is better; features (N, d) and group_id (N,) of all processes."""
+
+
 class Sampler(Protocol):
     """Makes samples from a policy; the settings of a run are inside."""
 
-    def rollout(self, policy: Policy, prompts: Sequence[Prompt], *, iteration: int, first_index: int) -> Trajectory:
-        """Groups with the transitions to train on; the first sample has global index ``first_index``."""
+    def rollout(self, policy: Policy, prompts: Sequence[Prompt], *, rows: Sequence[int], iteration: int, first_index: int,
+                role: Role = "policy") -> Trajectory:
+        """Groups with the transitions to train on; the first sample has global index ``first_index``.
+
+        ``rows`` are the prompts' positions in the run's list of prompts, ``role`` whose weights sample."""
 
     def generate(self, policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], role: Role = "policy") -> Tensor:
         """Clean latents (n, *latent_shape), float32, by the deterministic sampler; one seed per prompt."""
@@ -153,7 +218,7 @@ class LossTerms:
 
 
 class Algorithm(Protocol):
-    """Turns samples with credit into an update. ``loop.py`` calls these three things and nothing else."""
+    """Turns samples with credit into an update. ``loop.py`` asks these things and nothing else."""
 
     @property
     def needs_reference(self) -> bool:
@@ -163,11 +228,24 @@ class Algorithm(Protocol):
     def needs_prediction(self) -> bool:
         """Whether the trajectory must hold the sampling policy's predictions."""
 
+    @property
+    def whole_groups(self) -> bool:
+        """Whether one optimizer step must see whole groups (pairs, lists) or may see a share of every group."""
+
+    @property
+    def rollout_role(self) -> Role:
+        """Whose weights make the samples; given in ``begin`` if it is not the policy."""
+
+    def begin(self, policy: Policy, iteration: int) -> None:
+        """Before an iteration samples: move the weights of other roles (an old policy, a refreshed reference)."""
+
     def prepare(self, policy: Policy, experience: Experience, microbatch: int) -> Experience:
         """Once per iteration, before any update and without gradients, e.g. to recompute old log-probabilities."""
 
-    def microbatches(self, batch: Batch, microbatch: int, generator: Generator) -> Iterable[Any]:
-        """Cut one optimizer step's samples into micro-batches of at most ``microbatch`` samples; randomness from ``generator`` alone."""
+    def microbatches(self, policy: Policy, batch: Batch, microbatch: int, seed: int) -> Iterable[Any]:
+        """Cut one optimizer step's samples into micro-batches of at most ``microbatch`` samples.
+
+        Randomness follows from ``seed`` and the samples' global index alone: micro-batches and processes change nothing."""
 
     def loss(self, policy: Policy, microbatch: Any) -> LossTerms:
         """Forward pass and loss of one micro-batch."""

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from visalign.protocols import Reward, RewardSpec
+from visalign.protocols import Reward, RewardSpec, SetReward
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _SHAPES: Mapping[MediaKind, tuple[torch.dtype, int, str]] = {
 }
 
 
-def score(rewards: Mapping[str, Reward], media: Sequence[Media], prompts: Sequence[Prompt],
+def score(rewards: Mapping[str, Reward | SetReward], media: Sequence[Media], prompts: Sequence[Prompt],
           group_id: Sequence[int]) -> dict[str, Scores]:
     """Ask every reward about all samples, in the order given.
 
@@ -36,7 +36,7 @@ def score(rewards: Mapping[str, Reward], media: Sequence[Media], prompts: Sequen
     """
     _check_groups(media, prompts, group_id)
     for name, reward in rewards.items():
-        if not isinstance(reward, Reward):
+        if not isinstance(reward, Reward | SetReward):
             raise ValueError(f"'{name}' is a {type(reward).__name__} without score(); a pairwise judge becomes a reward through "
                              "win_rate: {name: win_rate, params: {judge: {reward: ...}}}")
         check_inputs(reward.spec, media, prompts, name)
@@ -44,13 +44,25 @@ def score(rewards: Mapping[str, Reward], media: Sequence[Media], prompts: Sequen
     for name, reward in rewards.items():
         started = time.perf_counter()
         with _naming(name, len(media)):
-            answer = reward.score(media, prompts, group_id)
+            answer = reward.score(media, prompts, group_id) if isinstance(reward, Reward) else _features(reward, media, prompts)
         if not isinstance(answer, Scores) or len(answer.valid) != len(media):
             got = f"{len(answer.valid)} scores" if isinstance(answer, Scores) else type(answer).__name__
             raise ValueError(f"reward '{name}' returned {got} for {len(media)} samples; expected Scores with one entry each")
         logger.debug("reward %s scored %d samples in %.2f s", name, len(media), time.perf_counter() - started)
         scores[name] = answer
     return scores
+
+
+def _features(reward: SetReward, media: Sequence[Media], prompts: Sequence[Prompt]) -> Scores:
+    """A set-level reward's features, not yet judged: value 0, invalid where a feature is not finite."""
+    features = reward.features(media, prompts)
+    if features.dim() != 2 or len(features) != len(media):
+        raise ValueError(f"reward '{reward.spec.name}' returned features {tuple(features.shape)} for {len(media)} samples; expected "
+                         f"({len(media)}, d)")
+    valid = torch.isfinite(features).all(dim=1)
+    pending = torch.where(valid, 0.0, torch.nan)
+    reasons = tuple(None if ok else "nonfinite" for ok in valid.tolist())
+    return Scores(raw=pending, value=pending.clone(), valid=valid, reasons=reasons, features=features.double())
 
 
 @runtime_checkable
@@ -61,7 +73,7 @@ class ChecksPrompts(Protocol):
         """Raise ValueError, naming the row, for a prompt this reward cannot use."""
 
 
-def admit(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+def admit(rewards: Mapping[str, Reward | SetReward], prompts: Sequence[Prompt]) -> None:
     """Check a whole prompt file against all rewards before anything is generated.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -17,10 +18,11 @@ from visalign.ema import EMA
 from visalign.optimization import Optimization
 from visalign.protocols import Policy
 from visalign.runfolder import RunFolder
+from visalign.types import Role
 
 logger = logging.getLogger(__name__)
 
-
+SAVED_ROLES: frozenset[Role] = frozenset({"old", "ema", "negative"})  # the reference is what the run starts from, or follows from these
 
 @dataclass
 class State:
@@ -53,6 +55,8 @@ class State:
                        **{f"rng-{rank:05d}": part[0] for rank, part in enumerate(rng)}}
             if self.ema is not None:
                 tensors["ema"] = self.ema.shadow
+            roles = {role: kept for role, kept in policy.snapshots().items() if role in SAVED_ROLES}
+            tensors |= {f"role-{role}": dict(kept) for role, kept in roles.items()}
             state = {"visalign": __version__, "config": config.model_dump(mode="json"), "optimization": optimization,
                      "rng": [part[1] for part in rng], "ema_steps": None if self.ema is None else self.ema.num_steps,
                      "data": self.data.state_dict(), "breaker": self.breaker.state_dict(),
@@ -78,6 +82,9 @@ class State:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
+        for name in saved.tensors:
+            if name.startswith("role-"):
+                policy.snapshot(cast(Role, name.removeprefix("role-")), saved.tensors[name])
         if self.ema is not None:
             if saved.state["ema_steps"] is None:
                 raise ValueError(f"{saved.path} was written without ema; leave ema out, or start a new run")

@@ -60,6 +60,7 @@ def concatenate_scores(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Score
             return torch.cat([getattr(one, field_name) for one in ones])
 
         reasons = tuple(reason for one in ones for reason in one.reasons)
-        return Scores(raw=cat("raw"), value=cat("value"), valid=cat("valid"), reasons=reasons, details=details)
+        return Scores(raw=cat("raw"), value=cat("value"), valid=cat("valid"), reasons=reasons, details=details,
+                      features=None if ones[0].features is None else cat("features"))
 
     return {name: joined(name) for name in parts[0]}

@@ -6,7 +6,7 @@ Axes: ``P`` prompts, ``G`` samples per prompt (one *group*), ``N = P * G`` sampl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 Role = Literal["policy", "reference", "old", "ema", "negative"]
 MediaKind = Literal["image", "video", "audio", "mesh"]
+PredictionKind = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]  # what a network's output estimates, see maths.process
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Trajectory:
         prediction: the sampling policy's ``Prediction.velocity`` at the stored steps, float32 (N, S, ...), or ``None``
             (kept when an algorithm needs the old mean, and for the sampling/training output gap).
         conditioning: the policy's encoded prompts, one row per prompt.
+        scores: scores that came with the samples, by name, n = N each (the labels of a preference dataset); empty for generated ones.
         group_id: int64 (N,), 0..P-1, samples of one prompt share it.
         prompt_index: int64 (N,), row of ``prompts``.
         sample_index: int64 (N,), global index the seed was derived from.
@@ -130,6 +132,7 @@ class Trajectory:
     sample_index: Tensor
     prompts: tuple[Prompt, ...]
     conditioning: Any
+    scores: Mapping[str, Scores] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -155,12 +158,14 @@ class Experience:
         advantage: per sample and stored step, float32 (N, S); 0 where invalid.
         valid: bool (N,); an invalid sample counts in no sum and no denominator.
         iteration: 0-based.
+        reward: the weighted sum of standardised scores, float32 (N,), NaN where invalid; what pairs and weights are made of.
     """
 
     trajectory: Trajectory
     advantage: Tensor
     valid: Tensor
     iteration: int
+    reward: Tensor
 
 
 @dataclass(frozen=True)
@@ -172,11 +177,13 @@ class Batch:
         rows: int64 (n,), rows of ``experience.trajectory``.
         denominator: valid samples of this optimizer step over *all* processes; a loss is a sum divided by it (and by S where it
             sums over steps).
+        reduce: sums a list of numbers over all processes; every process must call it equally often.
     """
 
     experience: Experience
     rows: Tensor
     denominator: float
+    reduce: Callable[[Sequence[float]], list[float]] = list
 
 
 @dataclass(frozen=True)
@@ -189,6 +196,7 @@ class Scores:
         valid: bool (n,).
         reasons: per sample ``None`` or why it is invalid ("parse", "refused", "nonfinite", "timeout", ...).
         details: further per-sample axes, each float32 (n,).
+        features: what a set-level reward judges the whole set by, float64 (n, d); ``value`` is 0 until it has (``credit.judge_sets``).
     """
 
     raw: Tensor
@@ -196,6 +204,7 @@ class Scores:
     valid: Tensor
     reasons: tuple[str | None, ...]
     details: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = self.raw.shape[0]

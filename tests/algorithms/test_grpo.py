@@ -29,7 +29,8 @@ def experience(policy, dynamics=FlowSDE(), steps=AllSteps(), advantage=None, val
     n, s = trajectory.log_prob.shape
     if advantage is None:
         advantage = torch.randn(n, s, generator=torch.Generator().manual_seed(5))
-    return Experience(trajectory, advantage, torch.ones(n, dtype=torch.bool) if valid is None else valid, iteration=0)
+    valid = torch.ones(n, dtype=torch.bool) if valid is None else valid
+    return Experience(trajectory, advantage, valid, iteration=0, reward=advantage[:, 0])
 
 
 def whole(made):
@@ -41,7 +42,7 @@ def gradient(algorithm, policy, batch, microbatch=100):
     """Accumulated loss and gradient over the batch's micro-batches."""
     policy.zero_grad()
     loss = 0.0
-    for part in algorithm.microbatches(batch, microbatch, torch.Generator()):
+    for part in algorithm.microbatches(policy, batch, microbatch, 0):
         terms = algorithm.loss(policy, part)
         terms.loss.backward()
         loss += float(terms.loss.detach())
@@ -62,7 +63,7 @@ SURROGATES = [GRPO(clip=0.5), GRPO(clip=0.5, surrogate="guard"), GRPO(clip=10.0,
 def test_before_the_first_update_nothing_deviates_bit_for_bit(algorithm, dtype):
     policy = make_policy(torch.float32)
     batch = whole(experience(policy, storage_dtype=dtype))
-    for part in algorithm.microbatches(batch, 8, torch.Generator()):
+    for part in algorithm.microbatches(policy, batch, 8, 0):
         terms = algorithm.loss(policy, part)
         assert terms.maxima == {"policy/ratio_deviation": 0.0, "policy/output_gap": 0.0, "policy/kl_reference": 0.0}
         assert terms.metrics["grpo/ratio"] == (8.0, 8.0)
@@ -131,7 +132,7 @@ def test_invalid_samples_count_nowhere():
         loss_masked, found = gradient(algorithm, policy, whole(other))
         assert loss_masked == pytest.approx(loss, rel=1e-12)
         assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
-    part = next(iter(algorithm.microbatches(whole(poisoned), 8, torch.Generator())))
+    part = next(iter(algorithm.microbatches(policy, whole(poisoned), 8, 0)))
     assert all(count == 6 and value == value for value, count in algorithm.loss(policy, part).metrics.values())
 
 
@@ -173,7 +174,7 @@ def test_dppo_masks_by_the_exact_kl():
     assert not torch.equal(gradient(free, policy, whole(made))[1], gradient(strict, policy, whole(made))[1])
 
     def masked(algorithm):
-        parts = algorithm.microbatches(whole(made), 8, torch.Generator())
+        parts = algorithm.microbatches(policy, whole(made), 8, 0)
         return sum(algorithm.loss(policy, part).metrics["grpo/clip_fraction"][0] for part in parts)
 
     assert masked(strict) > 0
@@ -186,7 +187,7 @@ def test_metrics_tell_how_far_the_policy_has_moved():
     moved(policy)
     algorithm = GRPO(clip=0.5, kl_weight=0.1)
     cost = shift_response(WORLD, FlowSDE(), policy.schedule.levels).cost.view(NUM_STEPS, 2, 3)
-    for part in algorithm.microbatches(whole(made), 8, torch.Generator()):
+    for part in algorithm.microbatches(policy, whole(made), 8, 0):
         terms = algorithm.loss(policy, part)
         exact = float((cost[part.entry] * policy.shift[part.entry].detach().square()).sum()) / 2 / 6
         total, count = terms.metrics["grpo/kl_reference"]
@@ -238,7 +239,7 @@ def test_the_optimum_is_the_kl_tilted_gaussian(dynamics, steps, surrogate, memor
         found = rollout(policy, PROMPTS, 256, dynamics, steps, seed=0, iteration=iteration, first_index=512 * iteration)
         reward = (found.x_final.double() * slope).sum(dim=(1, 2))
         advantage = group_advantages(reward, valid, found.group_id, AdvantageRule(scale="none", clip=None)).advantage
-        made = Experience(found, advantage[:, None].expand(-1, len(found.transitions)), valid, iteration)
+        made = Experience(found, advantage[:, None].expand(-1, len(found.transitions)), valid, iteration, reward)
         gradient(algorithm, policy, whole(made), microbatch=512)
         optimizer.step()
         scheduler.step()

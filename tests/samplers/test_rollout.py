@@ -195,4 +195,4 @@ def test_generate_follows_a_role():
 
 def test_sampler_object_is_the_function_with_settings():
     sampler = TrajectorySampler(group_size=4, dynamics=FlowSDE(), steps=AllSteps(), seed=0, microbatch=5)
-    assert_same(sample(), sampler.rollout(make_policy(), PROMPTS, iteration=0, first_index=0))
+    assert_same(sample(), sampler.rollout(make_policy(), PROMPTS, rows=range(len(PROMPTS)), iteration=0, first_index=0))

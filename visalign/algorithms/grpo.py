@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from visalign.maths import gaussian
 from visalign.maths import surrogate as surrogates
@@ -84,6 +84,17 @@ class GRPO:
     def needs_prediction(self) -> bool:
         return self.surrogate != "clip"
 
+    @property
+    def whole_groups(self) -> bool:
+        return False
+
+    @property
+    def rollout_role(self) -> Role:
+        return "policy"
+
+    def begin(self, policy: Policy, iteration: int) -> None:
+        """Nothing to move: old numbers are recorded in the trajectory."""
+
     def kl_weight_at(self, iteration: int) -> float:
         """beta of an iteration."""
         if self.kl_schedule == "constant":
@@ -98,13 +109,13 @@ class GRPO:
         log_probs, velocities = torch.empty_like(old.log_prob), torch.empty_like(old.x, dtype=torch.float32)
         everything = Batch(experience, torch.arange(old.num_samples), denominator=old.num_samples)
         with torch.no_grad():
-            for part in self.microbatches(everything, microbatch, Generator()):
+            for part in self.microbatches(policy, everything, microbatch, seed=0):
                 prediction = part.predict(policy)
                 log_probs[part.rows, part.entry] = part.log_prob(prediction).to(log_probs)
                 velocities[part.rows, part.entry] = prediction.velocity.to(velocities)
         return replace(experience, trajectory=replace(old, log_prob=log_probs, prediction=velocities))
 
-    def microbatches(self, batch: Batch, microbatch: int, generator: Generator) -> Iterator[Microbatch]:
+    def microbatches(self, policy: Policy, batch: Batch, microbatch: int, seed: int) -> Iterator[Microbatch]:
         """Every stored step of every row; nothing is shuffled, because one optimizer step sums over all of it."""
         for rows in batch.rows.split(microbatch):
             for entry in range(len(batch.experience.trajectory.transitions)):

@@ -58,11 +58,15 @@ class GaussianWorld:
         Raises:
             ValueError: zero variance at sigma = 0, where ``x`` carries no information.
         """
-        total = level.alpha**2 * self.var + level.sigma**2
+        return self.predict_at(x, level.alpha, level.sigma)
+
+    def predict_at(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Prediction:
+        """As ``predict``, with levels that broadcast against ``x``."""
+        total = alpha**2 * self.var + sigma**2
         if bool((torch.as_tensor(total) == 0).any()):
             raise ValueError("the posterior is undefined for data of zero variance at sigma = 0; give the world a variance")
-        centred = x - level.alpha * self.mean
-        return Prediction(x0=self.mean + level.alpha * self.var / total * centred, x1=level.sigma / total * centred)
+        centred = x - alpha * self.mean
+        return Prediction(x0=self.mean + alpha * self.var / total * centred, x1=sigma / total * centred)
 
     def tilted(self, slope: float | Tensor, beta: float) -> GaussianWorld:
         """The optimum of ``E[slope . x0] - beta KL(p || data)``: the density times ``exp(slope . x0 / beta)``.

@@ -17,14 +17,12 @@ Liu et al. (rectified flow), arXiv:2209.03003.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from visalign.types import NoiseLevel, Prediction
-
-PredictionKind = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]
+from visalign.types import NoiseLevel, Prediction, PredictionKind
 
 
 @dataclass(frozen=True)
