@@ -2,7 +2,7 @@
 
     load_prompts("prompts.txt")            one prompt per line
     load_prompts("prompts.jsonl")          {"prompt": ..., "negative_prompt": ..., "images": [...], "metadata": {...}}
-    load_prompts("playground:train")       the embedded world (also playground:heldout)
+    load_prompts("playground:train")       the embedded world (also playground:heldout, and heldout/1, another draw)
     load_prompts(DatasetConfig(...))       a Hugging Face dataset, from the hub or a local folder
 
 A prompt is identified by its position, never by its text: equal or differently-cased texts stay different prompts.
@@ -128,13 +128,13 @@ def _from_row(row: Mapping[str, Any], folder: Path) -> Prompt:
 def _from_playground(name: str) -> list[Prompt]:
     from visalign import playground
 
-    match name.removeprefix("playground:"):
-        case "train":
-            return [Prompt(text) for text in playground.train_prompts(NUM_PLAYGROUND_PROMPTS)]
-        case "heldout":
-            return [Prompt(text) for text in playground.heldout_prompts()]
-        case other:
-            raise ValueError(f"prompts '{name}': the playground has no set '{other}', it has train and heldout")
+    which, _, draw = name.removeprefix("playground:").partition("/")
+    if which == "train" and not draw:
+        return [Prompt(text) for text in playground.train_prompts(NUM_PLAYGROUND_PROMPTS)]
+    if which == "heldout" and (not draw or draw.isdecimal()):
+        return [Prompt(text) for text in playground.heldout_prompts(seed=int(draw or 0))]
+    raise ValueError(f"prompts '{name}': the playground has no such set; it has train, heldout, and other draws of the held-out prompts "
+                     "as heldout/1, heldout/2, ...")
 
 
 def _from_dataset(source: DatasetConfig) -> list[Prompt]:
