@@ -4,8 +4,8 @@
     whenever that raises r(D+), prompt by prompt, until a sweep changes nothing
 
 A distributional reward cannot rank the two samples of a prompt: what is better depends on the rest of the set. Source: DRAGON,
-arXiv:2504.15217. The start, the order, the tolerance and the number of sweeps are not fixed there; here they are, so that every
-process finds the same sets. The greedy search fits estimator noise on small sets: pool many prompts, or earlier samples.
+arXiv:2504.15217; the start, the order, the tolerance and the number of sweeps are choices made here, so that every process finds
+the same sets. The greedy search fits estimator noise on small sets: pool many prompts, or earlier samples.
 """
 
 from __future__ import annotations
