@@ -17,7 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
+from visalign.maths import preference_exploration as exploration
+from visalign.maths import preference_labels as labels
+from visalign.maths import preference_lists as lists
+from visalign.maths import preference_margins as margins
 from visalign.maths import preference_pairs as pairs
+from visalign.maths import preference_weights as weights
 from visalign.maths.preference_inputs import LossInput, LossNeeds, PreferenceLoss, check_parameter, preference_loss
 
 __all__ = ["LOSSES", "BoundLoss", "LossInput", "LossNeeds", "PreferenceLoss", "bind_loss", "find_loss", "preference_loss"]
@@ -25,6 +30,8 @@ __all__ = ["LOSSES", "BoundLoss", "LossInput", "LossNeeds", "PreferenceLoss", "b
 _BUILTIN: Iterable[PreferenceLoss[Any]] = (
     pairs.dpo, pairs.conservative_dpo, pairs.robust_dpo, pairs.npo, pairs.ipo, pairs.hinge, pairs.brier, pairs.exo, pairs.bco, pairs.nca,
     pairs.apo, pairs.rpo, pairs.mapo, pairs.sppo, pairs.sppo_soft, pairs.inpo, pairs.spo,
+    margins.smpo, margins.odpo, margins.modpo, exploration.xpo, exploration.vpo, labels.kto, labels.dro, lists.plackett_luce,
+    lists.rankdpo, lists.gpo, weights.sft, weights.best_of_group, weights.rwr,
 )
 
 LOSSES: Mapping[str, PreferenceLoss[Any]] = MappingProxyType({**{loss.name: loss for loss in _BUILTIN}, "dmpo": pairs.exo})
@@ -45,6 +52,18 @@ class BoundLoss:
 
     def __call__(self, inputs: LossInput) -> Tensor:
         return self.loss(inputs, **self.parameters)
+
+    def statistic(self, name: str, inputs: LossInput) -> Tensor:
+        """Values (P, K) without gradient whose mean over the optimizer step, on all processes, is ``statistics[name]``.
+
+        Raises:
+            ValueError: the loss declares no such statistic.
+        """
+        if name not in self.needs.statistics:
+            raise ValueError(f"the loss '{self.name}' declares no statistic '{name}'; it declares {self.needs.statistics}")
+        if name == "kl":
+            return inputs.delta.detach()
+        return weights.exponential_weights(inputs, self.parameters["temperature"])
 
 
 def find_loss(name: str) -> PreferenceLoss[Any]:
