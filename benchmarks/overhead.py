@@ -28,9 +28,10 @@ import torch
 from visalign.algorithms.grpo import GRPO
 from visalign.data import load_prompts
 from visalign.playground import pipeline_path
-from visalign.samplers.dynamics import FlowSDE, RandomWindow
+from visalign.samplers.dynamics import FlowSDE
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import rollout
+from visalign.samplers.steps import RandomWindow
 from visalign.types import Batch, Experience
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"

@@ -16,7 +16,8 @@ from torch import Tensor
 from visalign.maths.gaussian import log_prob, transition_mean
 from visalign.maths.seeds import derive_seed
 from visalign.protocols import Conditioning, Dynamics, Policy
-from visalign.samplers.dynamics import ODE, Mixed, StepSelection
+from visalign.samplers.dynamics import ODE, Mixed
+from visalign.samplers.steps import StepSelection
 from visalign.types import Prompt, Role, Trajectory, Transition
 
 INITIAL, STEP = 0, 1  # what a seed is for: derive_seed(seed, sample index, INITIAL) or (..., STEP + step)

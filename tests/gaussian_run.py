@@ -25,9 +25,10 @@ from visalign.maths.oracle import GaussianWorld
 from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.parts import Parts
 from visalign.rewards.function import FunctionReward
-from visalign.samplers.dynamics import build_dynamics, build_selection
+from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import TrajectorySampler
+from visalign.samplers.steps import build_selection
 from visalign.settings import apply_overrides
 from visalign.state import State
 from visalign.types import Media, Prompt

@@ -137,7 +137,8 @@ def test_recipes_are_valid_sourced_and_round_trip(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_name_parts_that_exist(name: str) -> None:
     from visalign.plugins import reward_names
-    from visalign.samplers.dynamics import build_dynamics, build_selection
+    from visalign.samplers.dynamics import build_dynamics
+    from visalign.samplers.steps import build_selection
 
     config = load_config(name)
     build_dynamics(config.sampler.dynamics.name, **config.sampler.dynamics.params)

@@ -19,9 +19,10 @@ from visalign.maths.seeds import derive_seed
 from visalign.parts import Parts
 from visalign.plugins import load_reward
 from visalign.protocols import Reward
-from visalign.samplers.dynamics import build_dynamics, build_selection
+from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import TrajectorySampler
+from visalign.samplers.steps import build_selection
 from visalign.types import Prompt
 
 logger = logging.getLogger(__name__)

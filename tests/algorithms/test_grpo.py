@@ -10,9 +10,10 @@ from visalign.maths.advantages import AdvantageRule, group_advantages
 from visalign.maths.gaussian import transition_mean
 from visalign.maths.oracle import GaussianWorld, shift_response
 from visalign.maths.schedules import dance_sigmas, flow_schedule
-from visalign.samplers.dynamics import CPS, DDIM, AllSteps, FlowSDE, Mixed, SingleStep, Window
+from visalign.samplers.dynamics import CPS, DDIM, FlowSDE, Mixed
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import rollout
+from visalign.samplers.steps import AllSteps, SingleStep, Window
 from visalign.types import Batch, Experience, Prompt
 
 WORLD = GaussianWorld(mean=torch.tensor([[0.3, -0.2, 1.0], [0.0, 0.1, 0.2]], dtype=torch.float64), var=0.25)

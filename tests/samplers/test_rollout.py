@@ -8,9 +8,10 @@ import torch
 from visalign.maths.gaussian import log_prob, transition_mean
 from visalign.maths.oracle import GaussianWorld, propagate
 from visalign.maths.schedules import dance_sigmas, flow_schedule
-from visalign.samplers.dynamics import CPS, DDIM, ODE, AllSteps, FlowSDE, Mixed, SingleStep, Window
+from visalign.samplers.dynamics import CPS, DDIM, ODE, FlowSDE, Mixed
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import TrajectorySampler, generate, rollout
+from visalign.samplers.steps import AllSteps, SingleStep, Window
 from visalign.types import Prompt, Transition
 
 PROMPTS = [Prompt(text, metadata={"offset": offset}) for text, offset in (("a cat", 0.0), ("A Cat", 0.5), ("a cat", -0.5))]

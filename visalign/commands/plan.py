@@ -16,7 +16,8 @@ from rich.table import Table
 
 from visalign.config import Config, resolve_path
 from visalign.geometry import Geometry
-from visalign.samplers.dynamics import build_dynamics, build_selection
+from visalign.samplers.dynamics import build_dynamics
+from visalign.samplers.steps import build_selection
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
