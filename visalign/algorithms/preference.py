@@ -1,0 +1,284 @@
+"""Preference optimisation: any loss over per-sample errors, on generated samples or on a data set that is replayed.
+
+For every optimizer step: samples become groups (pairs, labelled samples, ranked lists or weighted samples), each group draws a time and a
+noise, one error pass gives ``e_policy`` (and ``e_reference``, ``e_old`` where the loss reads them), and the loss is one small function of
+these (``maths/preference.py``): Diffusion-DPO, IPO, KTO, SmPO, RWR and the rest differ in that function alone. Online DPO, DRAGON and
+DSO differ in where groups come from.
+
+    loss = sum over groups and draws [ L(e_policy, e_reference, ...) + reference_weight |f_policy - f_reference|^2 ] / their number
+
+Deliberately absent: a cache of reference errors, which is valid only for fixed noise, and padding by repeated pairs.
+Sources: Diffusion-DPO, arXiv:2311.12908; Flow-DPO and Flow-RWR, arXiv:2501.13918; DSO, arXiv:2503.22677; DRAGON, arXiv:2504.15217.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from visalign.algorithms.errors import Answer, Space, answer, mean_squared
+from visalign.algorithms.noising import NOISE, TIME, Noised, Times, add_noise, draw_seeds, gaussian_noise
+from visalign.maths.preference import BoundLoss, LossInput
+from visalign.maths.preference_safeguard import safeguard, scale_loser
+from visalign.maths.preference_selection import Rule, select_pairs
+from visalign.maths.seeds import derive_seed
+from visalign.protocols import LossTerms, Policy
+from visalign.types import Batch, Experience, Prompt, Role
+
+PAIRS, DROPOUT = 2, 3  # what a seed is for, beside noising.TIME and noising.NOISE
+Invert = Callable[[Policy, Tensor, Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What the loss compares: ``rows`` (P, K) of the trajectory, best first, with reward (P, K) and label (P, K) float64."""
+
+    rows: Tensor
+    reward: Tensor
+    label: Tensor
+
+    def select(self, at: Tensor) -> Groups:
+        return Groups(self.rows[at], self.reward[at], self.label[at])
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Some groups at one draw of time and noise; ``denominator`` counts groups and draws of the whole step over all processes."""
+
+    experience: Experience
+    groups: Groups
+    draw: int
+    timesteps: Tensor
+    seed: int
+    denominator: float
+    statistics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """How scores become groups.
+
+    Attributes:
+        rule, margin, max_pairs, temperature: of pairs, see ``maths.preference_selection.select_pairs``.
+        threshold: labels: good above it, bad below; ``None`` compares with the group's mean.
+        keep: weights: only this many best samples of every group.
+        flip: exchange chosen and rejected, good and bad: a negative model (Diffusion-NPO, arXiv:2505.11245).
+        by_advantage: the loss reads the group-normalised advantage in place of the reward.
+    """
+
+    rule: Rule = "best_worst"
+    margin: float = 0.0
+    max_pairs: int | None = None
+    temperature: float = 1.0
+    threshold: float | None = None
+    keep: int | None = None
+    flip: bool = False
+    by_advantage: bool = False
+
+    def groups(self, kind: str, experience: Experience, rows: Tensor, seed: int) -> Groups:
+        """Groups of one optimizer step; ``rows`` are whole groups of the trajectory. Ties and invalid samples form none."""
+        group = experience.trajectory.group_id[rows].unique(return_inverse=True)[1]
+        size = int((group == 0).sum())
+        values = experience.advantage[:, 0] if self.by_advantage and experience.advantage.shape[1] else experience.reward
+        reward = torch.where(experience.valid[rows], values[rows].double().cpu(), torch.nan) * (-1 if self.flip else 1)
+        reward, valid = reward.reshape(-1, size), experience.valid[rows].reshape(-1, size)
+        table = rows.reshape(-1, size)
+        if kind == "pair":
+            found = [select_pairs(reward[p:p + 1], valid[p:p + 1], self.rule, self.margin, max_pairs=self.max_pairs,
+                                  temperature=self.temperature, generator=self._generator(experience, table[p, 0], seed))
+                     for p in range(len(table))]
+            places = torch.cat([torch.stack([pair.chosen, pair.rejected], dim=1) + p * size for p, pair in enumerate(found)])
+        elif kind == "list":
+            complete = valid.all(dim=1) & (reward.amax(dim=1) > reward.amin(dim=1))
+            order = reward.argsort(dim=1, descending=True, stable=True) + torch.arange(len(table)).unsqueeze(1) * size
+            places = order[complete]
+        else:
+            kept = valid.clone()
+            if self.keep is not None:
+                rank = reward.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+                kept &= rank < self.keep
+            places = kept.flatten().nonzero()
+        threshold = reward.nanmean(dim=1, keepdim=True).expand_as(reward) if self.threshold is None else \
+            torch.full_like(reward, self.threshold * (-1 if self.flip else 1))
+        label = (reward - threshold).sign().nan_to_num(0.0)
+        groups = Groups(rows[places], reward.flatten()[places], label.flatten()[places])
+        return groups.select(groups.label[:, 0] != 0) if kind == "label" else groups
+
+    @staticmethod
+    def _generator(experience: Experience, first: Tensor, seed: int) -> Generator:
+        return Generator().manual_seed(derive_seed(seed, int(experience.trajectory.sample_index[first]), PAIRS))
+
+
+@dataclass(frozen=True)
+class PreferenceOptimisation:
+    """``protocols.Algorithm``.
+
+    Attributes:
+        preference_loss: what is minimised, see ``maths.preference.bind_loss``.
+        kappa: strength; a published beta is ``2 kappa`` where its formula has a factor 1/2.
+        pairing: how scores become groups.
+        times, draws: noise levels, and how many per group and optimizer step.
+        space: in which the errors are taken; flow: "epsilon" is the strength ``(1 - t)^2`` of Flow-DPO, "velocity" the constant one.
+        share_noise: whether a group shares its noise; ``None`` does what the loss declares. Times are always shared.
+        reference_weight: of the squared distance to the reference's answer.
+        refresh: the reference becomes the current policy every so many iterations; 0 never.
+        safeguard: ``mu`` of Diffusion-SDPO, pairs only; ``None`` without.
+        prompt_dropout: probability that a group is trained on the empty prompt, which guidance needs.
+        invert: noise that leads back to a sample, in place of random noise (SmPO); ``None`` for random noise.
+    """
+
+    preference_loss: BoundLoss
+    kappa: float
+    pairing: Pairing = Pairing()
+    times: Times = Times()
+    draws: int = 1
+    space: Space = "native"
+    share_noise: bool | None = None
+    reference_weight: float = 0.0
+    refresh: int = 0
+    safeguard: float | None = None
+    prompt_dropout: float = 0.0
+    invert: Invert | None = None
+
+    def __post_init__(self) -> None:
+        needs = self.preference_loss.needs
+        if needs.from_reference:
+            raise ValueError(f"the loss '{self.preference_loss.name}' must know which samples the reference made, and a run's samples come "
+                             "from one model; call it from your own loop, or use vpo or dpo here")
+        if self.safeguard is not None and needs.group != "pair":
+            raise ValueError(f"safeguard protects the chosen sample of a pair, and '{self.preference_loss.name}' reads {needs.group}s; "
+                             "leave safeguard out")
+
+    needs_prediction = False
+    whole_groups = True
+    rollout_role: Role = "policy"
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.preference_loss.needs.reference or self.reference_weight > 0
+
+    def begin(self, policy: Policy, iteration: int) -> None:
+        """Refresh the reference, and keep the last round's policy where the loss reads it."""
+        if self.refresh and iteration and iteration % self.refresh == 0:
+            policy.snapshot("reference")
+        if self.preference_loss.needs.old:
+            policy.snapshot("old")
+
+    def prepare(self, policy: Policy, experience: Experience, microbatch: int) -> Experience:
+        return experience
+
+    def microbatches(self, policy: Policy, batch: Batch, microbatch: int, seed: int) -> Iterator[Microbatch]:
+        """Groups times draws; a group is never cut."""
+        needs, experience = self.preference_loss.needs, batch.experience
+        groups = self.pairing.groups(needs.group, experience, batch.rows, seed)
+        index = experience.trajectory.sample_index
+        timesteps = torch.empty(len(groups.rows), self.draws, dtype=torch.float64)
+        if len(groups.rows):
+            seeds = [derive_seed(seed, *index[row].tolist(), TIME) for row in groups.rows]
+            timesteps = self.times.draw(policy, seeds, self.draws)
+        total = batch.reduce([float(len(groups.rows) * self.draws)])[0]
+        parts = [Microbatch(experience, groups.select(at), draw, timesteps[at, draw], seed, total, {})
+                 for draw in range(self.draws) for at in torch.arange(len(groups.rows)).split(max(1, microbatch // groups.rows.shape[1]))]
+        statistics = {name: self._mean(name, policy, parts, batch) for name in needs.statistics}
+        yield from (replace(part, statistics=statistics) for part in parts)
+
+    def _mean(self, name: str, policy: Policy, parts: list[Microbatch], batch: Batch) -> float:
+        """A statistic over the whole optimizer step on all processes, before its gradients: one more pass without them."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for part in parts:
+                if self.needs_reference:
+                    inputs = self._inputs(policy, part)[0]
+                else:  # of rewards alone, which need no network
+                    inputs = LossInput(policy=torch.zeros_like(part.groups.reward), kappa=self.kappa, reward=part.groups.reward)
+                values = self.preference_loss.statistic(name, inputs)
+                total, count = total + float(values.double().sum()), count + values.numel()
+        whole, number = batch.reduce([total, float(count)])
+        return whole / number if number else 1.0
+
+    def loss(self, policy: Policy, microbatch: Microbatch) -> LossTerms:
+        """The groups' losses over the global number of groups and draws."""
+        inputs, answers, gap = self._inputs(policy, microbatch)
+        if self.safeguard is not None:
+            residual = (answers["policy"].output - answers["policy"].target).unflatten(0, tuple(microbatch.groups.rows.shape))
+            inputs = scale_loser(inputs, safeguard(residual[:, 0], residual[:, 1], self.safeguard))
+        values = self.preference_loss(inputs)
+        if self.reference_weight > 0:
+            values = values + self.reference_weight * gap.reshape(inputs.policy.shape).mean(dim=1)
+        metrics = {f"preference/{name}": (float(value.detach().double().sum()), float(value.numel()))
+                   for name, value in {"loss": values, **self._watched(inputs, answers)}.items()}
+        maxima: dict[str, float] = {}
+        if inputs.reference is not None:
+            maxima["policy/error_gap"] = float((inputs.delta.detach().abs() / inputs.reference.clamp(min=1e-12)).max())
+        return LossTerms(loss=values.sum() / microbatch.denominator, metrics=metrics, maxima=maxima)
+
+    def _inputs(self, policy: Policy, part: Microbatch) -> tuple[LossInput, dict[Role, Answer], Tensor]:
+        """The error pass: errors (P, K) of the roles the loss reads, the answers (P K, ...), and ``|f_policy - f_reference|^2``."""
+        trajectory, (num, size), needs = part.experience.trajectory, part.groups.rows.shape, self.preference_loss.needs
+        flat = part.groups.rows.flatten()
+        conditioning = policy.encode(self._prompts(part, flat))
+        noised = self._noised(policy, part, trajectory.x_final[flat].to(policy.device).float(), conditioning)
+        answers: dict[Role, Answer] = {"policy": answer(policy, noised, conditioning, "policy", self.space)}
+        with torch.no_grad():
+            if self.needs_reference:
+                answers["reference"] = answer(policy, noised, conditioning, "reference", self.space)
+            if needs.old:
+                answers["old"] = answer(policy, noised, conditioning, "old", self.space)
+        errors = {role: found.error().reshape(num, size) for role, found in answers.items()}
+        gap = torch.zeros(num * size, device=policy.device)
+        if self.reference_weight > 0:
+            gap = mean_squared(answers["policy"].output, answers["reference"].output)
+        inputs = LossInput(policy=errors["policy"], kappa=self.kappa, reference=errors.get("reference"), old=errors.get("old"),
+                           reward=part.groups.reward.to(errors["policy"]), label=part.groups.label.to(errors["policy"]),
+                           statistics=part.statistics)
+        return inputs, answers, gap
+
+    def _noised(self, policy: Policy, part: Microbatch, x0: Tensor, conditioning: Any) -> Noised:
+        num, size = part.groups.rows.shape
+        timesteps = part.timesteps.repeat_interleave(size)
+        if self.invert is not None:
+            return add_noise(policy, x0, self.invert(policy, x0, timesteps, conditioning), timesteps)
+        index = part.experience.trajectory.sample_index[part.groups.rows]
+        shared = self.preference_loss.needs.shared_noise if self.share_noise is None else self.share_noise
+        index = index[:, :1].expand(num, size) if shared else index
+        noise = gaussian_noise(draw_seeds(part.seed, index.flatten().tolist(), part.draw, NOISE), x0)
+        return add_noise(policy, x0, noise, timesteps)
+
+    def _prompts(self, part: Microbatch, flat: Tensor) -> list[Prompt]:
+        trajectory, size = part.experience.trajectory, part.groups.rows.shape[1]
+        prompts = [trajectory.prompts[group] for group in trajectory.group_id[flat].tolist()]
+        if self.prompt_dropout == 0:
+            return prompts
+        seeds = draw_seeds(part.seed, trajectory.sample_index[part.groups.rows[:, 0]].tolist(), part.draw, DROPOUT)
+        dropped = [float(torch.rand((), generator=Generator().manual_seed(seed))) < self.prompt_dropout for seed in seeds]
+        return [replace(prompt, text="") if dropped[row // size] else prompt for row, prompt in enumerate(prompts)]
+
+    def _watched(self, inputs: LossInput, answers: dict[Role, Answer]) -> dict[str, Tensor]:
+        """What tells a healthy run from a drifting one: both errors usually rise, the margin must."""
+        kind, found = self.preference_loss.needs.group, dict[str, Tensor]()
+        paired = kind in ("pair", "list")
+        for name, error in (("policy", inputs.policy), ("reference", inputs.reference)):
+            if error is not None:
+                ends = {"_chosen": error[:, 0], "_rejected": error[:, -1]} if paired else {"": error}
+                found |= {f"error_{name}{end}": values for end, values in ends.items()}
+        if inputs.reference is not None:
+            u = inputs.u
+            found["implicit_reward"] = u
+            outputs = [answers[role].output.flatten(1).norm(dim=1) for role in ("policy", "reference")]
+            found["output_norm_ratio"] = outputs[0] / outputs[1].clamp(min=1e-12)
+            if paired:
+                margin: Tensor = u[:, 0] - u[:, -1]
+                found |= {"margin": margin, "accuracy": 0.5 * (margin.sign() + 1), "saturated": (torch.sigmoid(-margin) < 0.05).float()}
+        return found
+
+
+def smpo_range(rewards: Tensor, low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
+    """The range of a reward that SmPO's smoothing divides by: its quantiles over a data set (``low`` 0 and ``high`` 1: min and max)."""
+    kept = rewards[torch.isfinite(rewards)].double()
+    return float(kept.quantile(low)), float(kept.quantile(high))
+
+
