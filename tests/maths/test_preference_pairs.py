@@ -128,6 +128,12 @@ def test_exo_vanishes_where_the_policy_matches_the_smoothed_label():
     assert value("exo", inputs(math.log(99), 0.0), label_smoothing=0.01) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize(("name", "expected"), [("bco", 0.925456), ("nca", 1.233829), ("apo", 0.735583)])
+def test_values_of_losses_without_margin(name, expected):
+    """With P_w = sigmoid(0.8) = 0.689974 and P_l = sigmoid(-0.3) = 0.425557."""
+    assert value(name, inputs(0.8, -0.3)) == pytest.approx(expected, abs=1e-6)
+
+
 def test_nca_holds_the_chosen_sample():
     """Its slope in u_w vanishes at u_w = log 2, where dpo and bco still push."""
     assert slopes("nca", inputs(math.log(2), 0.0))[0] == pytest.approx(0, abs=1e-12)

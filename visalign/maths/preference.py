@@ -23,7 +23,8 @@ from visalign.maths import preference_lists as lists
 from visalign.maths import preference_margins as margins
 from visalign.maths import preference_pairs as pairs
 from visalign.maths import preference_weights as weights
-from visalign.maths.preference_inputs import LossInput, LossNeeds, PreferenceLoss, check_parameter, preference_loss
+from visalign.maths.preference_declaration import LossNeeds, PreferenceLoss, check_parameter, preference_loss
+from visalign.maths.preference_inputs import LossInput
 
 __all__ = ["LOSSES", "BoundLoss", "LossInput", "LossNeeds", "PreferenceLoss", "bind_loss", "find_loss", "preference_loss"]
 

@@ -21,7 +21,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from visalign.maths.preference_inputs import LossInput, NonNegative, preference_loss
+from visalign.maths.preference_declaration import NonNegative, preference_loss
+from visalign.maths.preference_inputs import LossInput
 
 
 @preference_loss(group="pair", from_reference=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from visalign.maths.preference_inputs import LossInput, NonNegative, preference_loss
+from visalign.maths.preference_declaration import NonNegative, preference_loss
+from visalign.maths.preference_inputs import LossInput
 
 
 @preference_loss(group="label", shared_noise=False, statistics=("kl",))

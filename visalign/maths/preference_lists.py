@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from visalign.maths.preference_inputs import LossInput, Positive, preference_loss
+from visalign.maths.preference_declaration import Positive, preference_loss
+from visalign.maths.preference_inputs import LossInput
 
 
 @preference_loss(group="list")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from visalign.maths.preference_inputs import Finite, LossInput, Positive, Range, preference_loss
+from visalign.maths.preference_declaration import Finite, Positive, Range, preference_loss
+from visalign.maths.preference_inputs import LossInput
 
 PICKSCORE_RANGE = (0.11543526500463486, 0.28201571106910706)
 """Smallest and largest PickScore cosine (before the factor 100) of SmPO's training set."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
-from visalign.maths.preference_inputs import Fraction, LossInput, NonNegative, Positive, Range, preference_loss
+from visalign.maths.preference_declaration import Fraction, NonNegative, Positive, Range, preference_loss
+from visalign.maths.preference_inputs import LossInput
 
 FlipRate = Annotated[float, Range(low=0.0, high=0.5, exclude=(0.5,))]
 

@@ -59,7 +59,8 @@ def select_pairs(
             allowed = allowed & _best_worst(score[p], usable[p])
         elif rule == "rso" and usable[p].any():
             members = usable[p].nonzero().squeeze(1)
-            accepted = rejection_sample(score[p][members], temperature, num_accepted or max(2, size // 2), _need(generator, rule))
+            wanted = max(2, size // 2) if num_accepted is None else num_accepted
+            accepted = rejection_sample(score[p][members], temperature, wanted, _need(generator, rule))
             kept = torch.zeros_like(usable[p])
             kept[members[accepted]] = True
             allowed = allowed & kept[:, None] & kept[None, :]

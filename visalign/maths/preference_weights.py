@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from visalign.maths.preference_inputs import LossInput, Positive, preference_loss
+from visalign.maths.preference_declaration import Positive, preference_loss
+from visalign.maths.preference_inputs import LossInput
 
 _LARGEST_ENUMERATION = 1_000_000
 
