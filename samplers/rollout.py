@@ -32,7 +32,7 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
     Args:
         prompts: P prompts; each is encoded once and its row repeated ``group_size`` times.
         dynamics: followed on the selected steps; all others are ODE steps.
-        steps: which steps are stochastic in this ``iteration``; they are the ones stored.
+        steps: which steps are stored in this ``iteration``; they follow the dynamics, or the ODE too if ``steps.stochastic`` is false.
         first_index: global index of the first sample; sample k has index ``first_index + k`` and its seeds follow from it.
         same_initial_noise: the samples of one group share ``x`` at the first level (groups never share).
         storage_dtype: of ``x`` and ``x_next``.
@@ -43,15 +43,16 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
     Returns:
         N = P * group_size samples, group by group.
     Raises:
-        ValueError: nothing to sample, or a selected step is deterministic.
+        ValueError: nothing to sample, or a step that should be stochastic is deterministic.
     """
     if not prompts or group_size < 1:
         raise ValueError(f"a rollout needs at least one prompt and group_size >= 1, got {len(prompts)} prompts and group_size {group_size}")
     levels = policy.schedule.levels
     stored = steps.select(policy.schedule.num_steps, iteration, seed)
-    mixed = Mixed(dynamics, stored)
+    noisy = stored if steps.stochastic else ()
+    mixed = Mixed(dynamics, noisy)
     transitions = tuple(mixed.transition(levels, step) for step in range(policy.schedule.num_steps))
-    _check_stochastic(transitions, stored, dynamics)
+    _check_stochastic(transitions, noisy, dynamics)
 
     num_samples = len(prompts) * group_size
     device = policy.device if storage_device is None else storage_device
@@ -64,7 +65,7 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
 
     x, x_next = (storage(storage_dtype, len(stored), *policy.latent_shape) for _ in range(2))
     velocity = storage(torch.float32, len(stored), *policy.latent_shape) if keep_prediction else None
-    log_probs, x_final = storage(torch.float32, len(stored)), storage(torch.float32, *policy.latent_shape)
+    log_probs, x_final = storage(torch.float32, len(stored)).zero_(), storage(torch.float32, *policy.latent_shape)
 
     policy.train(False)
     with torch.no_grad():
@@ -80,11 +81,12 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
                 entry = stored.index(step)
                 state = _round(state, storage_dtype)
                 prediction = policy.predict(state, step, chunk, role)
-                mean = transition_mean(prediction, transition)
-                seeds = [derive_seed(seed, index, STEP + step) for index in sample_index[at].tolist()]
-                after = _round(mean + transition.std * standard_normal(seeds, policy.latent_shape).to(mean), storage_dtype)
+                mean = after = transition_mean(prediction, transition)
+                if transition.std > 0:
+                    seeds = [derive_seed(seed, index, STEP + step) for index in sample_index[at].tolist()]
+                    after = _round(mean + transition.std * standard_normal(seeds, policy.latent_shape).to(mean), storage_dtype)
+                    log_probs[at, entry] = log_prob(after, mean, transition.std).to(log_probs)
                 x[at, entry], x_next[at, entry] = state.to(x), after.to(x_next)
-                log_probs[at, entry] = log_prob(after, mean, transition.std).to(log_probs)
                 if velocity is not None:
                     velocity[at, entry] = prediction.velocity.to(velocity)
                 state = after

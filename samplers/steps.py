@@ -1,26 +1,32 @@
-"""Which steps of a sampler are stochastic, and therefore trained."""
+"""Which steps of a sampler are stored for training: stochastic ones, or the deterministic one that back-propagation starts from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from visalign.maths.seeds import derive_seed
 from visalign.samplers.named import build_named
 
 
 class StepSelection(Protocol):
-    """Which steps of a sampler are stochastic, and therefore trained."""
+    """Which steps of a sampler are stored, and therefore trained."""
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether the selected steps follow the dynamics and must add noise; if not, every step is one of the ODE."""
 
     def select(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
-        """Ascending indices in ``0 .. num_steps - 2``; the last step never. A pure function: the same on every rank."""
+        """Ascending indices in ``0 .. num_steps - 1``, a stochastic one never the last. A pure function: the same on every rank."""
 
 
 @dataclass(frozen=True)
 class NoSteps:
     """Nothing is stochastic and nothing is stored: for algorithms that learn from clean samples."""
+
+    stochastic: ClassVar[bool] = True
 
     def select(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
         return ()
@@ -30,6 +36,8 @@ class NoSteps:
 class AllSteps:
     """Every step but the last."""
 
+    stochastic: ClassVar[bool] = True
+
     def select(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
         return tuple(range(_num_trainable(num_steps)))
 
@@ -38,6 +46,7 @@ class AllSteps:
 class Window:
     """Steps ``start .. end - 1``, the same in every iteration."""
 
+    stochastic: ClassVar[bool] = True
     start: int
     end: int
 
@@ -55,6 +64,7 @@ class RandomWindow:
         start, end: where the window may lie, ``end`` exclusive; ``None`` means up to the last trainable step.
     """
 
+    stochastic: ClassVar[bool] = True
     size: int
     start: int = 0
     end: int | None = None
@@ -69,6 +79,7 @@ class RandomWindow:
 class SingleStep:
     """One stochastic step: ``index``, or with ``None`` a random one per iteration. Source: TempFlow-GRPO, arXiv:2508.04324."""
 
+    stochastic: ClassVar[bool] = True
     index: int | None = None
 
     def select(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
@@ -93,6 +104,7 @@ class ProgressiveWindow:
     Source: MixGRPO, arXiv:2507.21802.
     """
 
+    stochastic: ClassVar[bool] = True
     size: int = 4
     interval: int = 25
     stride: int = 1
@@ -131,6 +143,41 @@ class ProgressiveWindow:
         return self.interval
 
 
+@dataclass(frozen=True)
+class Tail:
+    """The state from which ``last`` steps remain, without any noise: rewards are differentiated through those steps.
+
+    Source: DRaFT-K, arXiv:2309.17400.
+    """
+
+    stochastic: ClassVar[bool] = False
+    last: int = 1
+
+    def select(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
+        if not 1 <= self.last <= num_steps:
+            raise ValueError(f"{self} does not fit {num_steps} sampler steps: it needs 1 <= last <= {num_steps}")
+        return (num_steps - self.last,)
+
+
+@dataclass(frozen=True)
+class RandomTail:
+    """As :class:`Tail`, from a step drawn anew per iteration out of ``start .. end - 1``; ``end=None`` is the number of steps.
+
+    Uniform over all steps is AlignProp's random truncation; 30 .. 39 of 40 steps is ReFL's range.
+    Sources: AlignProp, arXiv:2310.03739; ReFL, arXiv:2304.05977.
+    """
+
+    stochastic: ClassVar[bool] = False
+    start: int = 0
+    end: int | None = None
+
+    def select(self, num_steps: int, iteration: int, seed: int) -> tuple[int, ...]:
+        end = num_steps if self.end is None else self.end
+        if not 0 <= self.start < end <= num_steps:
+            raise ValueError(f"{self} does not fit {num_steps} sampler steps: it needs 0 <= start < end <= {num_steps}")
+        return (self.start + derive_seed(seed, iteration) % (end - self.start),)
+
+
 STEP_SELECTIONS: Mapping[str, type[Any]] = {
     "none": NoSteps,
     "all": AllSteps,
@@ -138,6 +185,8 @@ STEP_SELECTIONS: Mapping[str, type[Any]] = {
     "random_window": RandomWindow,
     "single": SingleStep,
     "progressive_window": ProgressiveWindow,
+    "tail": Tail,
+    "random_tail": RandomTail,
 }
 
 

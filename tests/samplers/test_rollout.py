@@ -11,7 +11,7 @@ from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.samplers.dynamics import CPS, DDIM, ODE, FlowSDE, Mixed
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import TrajectorySampler, generate, rollout
-from visalign.samplers.steps import AllSteps, SingleStep, Window
+from visalign.samplers.steps import AllSteps, NoSteps, SingleStep, Tail, Window
 from visalign.types import Prompt, Transition
 
 PROMPTS = [Prompt(text, metadata={"offset": offset}) for text, offset in (("a cat", 0.0), ("A Cat", 0.5), ("a cat", -0.5))]
@@ -159,6 +159,8 @@ class NoisyToTheEnd:
 
 @dataclass(frozen=True)
 class LastStep:
+    stochastic = True
+
     def select(self, num_steps, iteration, seed):
         return (num_steps - 1,)
 
@@ -166,6 +168,22 @@ class LastStep:
 def test_noise_in_the_last_step_is_refused():
     with pytest.raises(ValueError, match="in the last step, which would stay in every sample"):
         sample(dynamics=NoisyToTheEnd(), steps=LastStep())
+
+
+@pytest.mark.parametrize("last", [1, 3, 6])
+def test_a_tail_is_stored_without_noise_and_continues_to_the_sample(last):
+    policy = make_policy()
+    found = sample(policy, steps=Tail(last))
+    assert found.step_index.tolist() == [6 - last]
+    assert found.transitions == (ODE().transition(policy.schedule.levels, 6 - last),)
+    assert torch.equal(found.log_prob, torch.zeros(12, 1))
+    assert torch.equal(found.x_final, sample(policy, dynamics=ODE(), steps=NoSteps()).x_final)
+    state, conditioning = found.x[:, 0], found.conditioning.select(found.group_id.tolist())
+    for step in range(6 - last, 6):
+        state = transition_mean(policy.predict(state, step, conditioning), ODE().transition(policy.schedule.levels, step))
+        if step == 6 - last:
+            assert torch.equal(found.x_next[:, 0], state)
+    assert torch.equal(found.x_final, state)
 
 
 def test_nothing_to_sample_is_an_error():

@@ -9,8 +9,10 @@ from visalign.samplers.steps import (
     AllSteps,
     NoSteps,
     ProgressiveWindow,
+    RandomTail,
     RandomWindow,
     SingleStep,
+    Tail,
     Window,
     build_selection,
 )
@@ -108,6 +110,30 @@ def test_one_sampler_step_leaves_nothing_to_train(selection):
         selection.select(1, 0, 0)
 
 
+@pytest.mark.parametrize("name", STEP_SELECTIONS)
+def test_only_tails_are_deterministic(name):
+    assert STEP_SELECTIONS[name].stochastic == ("tail" not in name)
+
+
+def test_a_tail_leaves_its_number_of_steps():
+    assert [Tail(last).select(10, 3, 0) for last in (1, 4, 10)] == [(9,), (6,), (0,)]
+
+
+def test_random_tails_are_uniform_over_their_range_and_reach_the_last_step():
+    """10 positions, 5000 iterations: a count has standard deviation 21; five of them allowed."""
+    drawn = [RandomTail(30, 40).select(40, iteration, seed=0)[0] for iteration in range(5000)]
+    assert set(drawn) == set(range(30, 40))
+    assert all(abs(drawn.count(step) - 500) < 106 for step in range(30, 40))
+    assert {RandomTail().select(4, iteration, seed=0) for iteration in range(100)} == {(0,), (1,), (2,), (3,)}
+    assert [RandomTail().select(40, i, seed=1) for i in range(9)] != [RandomTail().select(40, i, seed=0) for i in range(9)]
+
+
+@pytest.mark.parametrize("selection", [Tail(0), Tail(11), RandomTail(-1), RandomTail(3, 3), RandomTail(0, 11), RandomTail(10)])
+def test_tails_that_do_not_fit_are_refused(selection):
+    with pytest.raises(ValueError, match="does not fit 10 sampler steps: it needs"):
+        selection.select(10, 0, 0)
+
+
 @pytest.mark.parametrize(("make", "message"), [
     (lambda: ProgressiveWindow(size=0), "ProgressiveWindow.size must be at least 1"),
     (lambda: ProgressiveWindow(stride=0), "ProgressiveWindow.stride"),
@@ -122,7 +148,7 @@ def test_building_by_name():
     assert build_selection("window", start=0, end=3) == Window(0, 3)
     assert build_selection("single") == SingleStep()
     assert build_selection("none") == NoSteps()
-    assert set(STEP_SELECTIONS) == {"none", "all", "window", "random_window", "single", "progressive_window"}
+    assert set(STEP_SELECTIONS) == {"none", "all", "window", "random_window", "single", "progressive_window", "tail", "random_tail"}
 
 
 @pytest.mark.parametrize(("build", "message"), [
