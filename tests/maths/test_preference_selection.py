@@ -39,7 +39,7 @@ def test_the_margin_is_strict():
 
 
 def test_invalid_samples_are_never_used():
-    reward, valid = table((9.0, 0.2, math.nan, 0.1)), torch.tensor([[False, True, False, True]])
+    reward, valid = table((9.0, 0.2, math.nan, 0.1, -5.0)), torch.tensor([[False, True, False, True, False]])
     for rule in ("best_worst", "random", "all", "rso"):
         assert select(reward, rule, valid, generator=generator())[0] == [(1, 3)]
         assert select(reward, rule, torch.zeros_like(valid), generator=generator())[0] == []
