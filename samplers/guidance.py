@@ -1,0 +1,179 @@
+"""Guidance by rewards while sampling: every noise level's density is tilted by ``exp(w r)``, no weight is trained.
+
+Tilting ``p_t`` adds ``w grad r`` to its score. With ``score = -x1_pred / sigma`` that is, for any process ``x = alpha x0 + sigma x1``,
+
+    x1_pred -= sigma w grad r,    x0_pred += sigma^2 / alpha w grad r,    velocity -= (alpha + sigma) sigma / alpha w grad r
+
+the last with ``t / (1 - t)`` for rectified flow (Flow-NRG) and the first what classifier guidance does to epsilon (arXiv:2105.05233).
+
+Which reward r(x, t) belongs to a reward r(x0) of clean samples? Exactly ``log E[exp(w r(x0)) | x] / w``. Two approximations are here:
+`MediaReward` takes r at the denoised prediction, exact for linear rewards of Gaussian data; `visalign.samplers.reward_head` learns it.
+Source: Flow-NRG, arXiv:2501.13918 (derivation for all processes: ours).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from visalign.maths.process import from_velocity
+from visalign.protocols import DifferentiableReward, Policy, TrainingTimes
+from visalign.types import Media, NoiseLevel, Prediction, Prompt, Role
+
+Predict = Callable[[Tensor, int, Any, Role], Prediction]
+
+
+class GuidanceReward(Protocol):
+    """A reward of noisy states."""
+
+    @property
+    def through_denoiser(self) -> bool:
+        """Whether ``x0`` must carry the network's own gradient with respect to ``x``."""
+
+    def __call__(self, x: Tensor, x0: Tensor, level: NoiseLevel, prompts: Sequence[Prompt]) -> Tensor:
+        """Values (B,), larger is better, differentiable in the state ``x`` or its denoised prediction ``x0``, both (B, ...)."""
+
+
+@dataclass(frozen=True)
+class MediaReward:
+    """A reward of finished media, asked about the decoded prediction of x0.
+
+    Attributes:
+        decode: latents (B, ...) and their prompts to media as tensors, such as ``PipelinePolicy.decode_tensor``.
+        through_denoiser: differentiate the prediction through the network, which costs a backward pass per step. Without, the velocity
+            counts as constant in x, ``d x0 / d x = 1 / (alpha + sigma)``: right at low noise, too strong at high noise.
+    """
+
+    reward: DifferentiableReward
+    decode: Callable[[Tensor, Sequence[Prompt]], Tensor]
+    through_denoiser: bool = True
+
+    def __call__(self, x: Tensor, x0: Tensor, level: NoiseLevel, prompts: Sequence[Prompt]) -> Tensor:
+        return self.reward.score_tensor(self.decode(x0, prompts), prompts)
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """Rewards with their weights, and where guidance is held back.
+
+    Attributes:
+        rewards: (reward, weight) pairs; a weight is in nats per unit of reward, ``1 / beta`` of a KL-regularised objective.
+        max_ratio: upper bound of ``sigma / alpha``, the published ``t / (1 - t)``, which is infinite in pure noise.
+        skip_first: first steps without guidance.
+    Raises:
+        ValueError: no reward, or a number out of range.
+    """
+
+    rewards: Sequence[tuple[GuidanceReward, float]]
+    max_ratio: float = 4.0
+    skip_first: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.rewards:
+            raise ValueError("guidance needs at least one (reward, weight)")
+        if wrong := [weight for _, weight in self.rewards if not math.isfinite(weight)]:
+            raise ValueError(f"guidance weights must be finite, got {wrong}")
+        if not self.max_ratio > 0 or self.skip_first < 0:
+            raise ValueError(f"guidance needs max_ratio > 0 and skip_first >= 0, got {self.max_ratio} and {self.skip_first}")
+
+
+def tilted(prediction: Prediction, x: Tensor, level: NoiseLevel, gradient: Tensor, max_ratio: float = math.inf) -> Prediction:
+    """The prediction of the tilted density: ``velocity - (alpha + sigma) min(sigma / alpha, max_ratio) gradient``.
+
+    Args:
+        prediction, x: at ``level``, (B, ...).
+        gradient: of the weighted reward with respect to x, (B, ...).
+    Raises:
+        ValueError: an unbounded factor in pure noise (alpha = 0).
+    """
+    ratio = min(level.sigma / level.alpha, max_ratio) if level.alpha > 0 else max_ratio
+    if math.isinf(ratio):
+        raise ValueError(f"the factor sigma / alpha of guidance is infinite at sigma {level.sigma:.4g}, alpha 0; give max_ratio, or skip "
+                         "the first step (skip_first=1)")
+    return from_velocity(prediction.velocity - (level.alpha + level.sigma) * ratio * gradient, x, level.alpha, level.sigma)
+
+
+@dataclass(frozen=True)
+class GuidedConditioning:
+    """Encoded prompts together with their texts, which rewards read."""
+
+    rows: Any
+    prompts: tuple[Prompt, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Sequence[int]) -> GuidedConditioning:
+        return GuidedConditioning(self.rows.select(rows), tuple(self.prompts[row] for row in rows))
+
+
+class GuidedPolicy:
+    """A policy whose predictions are tilted by rewards, for `rollout.generate` and `rollout.rollout`.
+
+    Args:
+        policy: what samples; none of its weights receives a gradient.
+        tilt: rewards, weights, limits; ``None`` changes nothing.
+        predict: ``policy.predict``, or what stands in its place (`visalign.samplers.negative.predict_against`).
+    """
+
+    def __init__(self, policy: Policy, tilt: Tilt | None = None, predict: Predict | None = None) -> None:
+        self.policy, self.tilt, self._predict = policy, tilt, predict or policy.predict
+        self.schedule, self.latent_shape, self.device = policy.schedule, policy.latent_shape, policy.device
+
+    def encode(self, prompts: Sequence[Prompt]) -> GuidedConditioning:
+        return GuidedConditioning(self.policy.encode(prompts), tuple(prompts))
+
+    def predict(self, x: Tensor, step: int, conditioning: GuidedConditioning, role: Role = "policy") -> Prediction:
+        """The tilted prediction for x (B, *latent_shape), without gradients."""
+        tilt = self.tilt
+        if tilt is None or step < tilt.skip_first:
+            with torch.no_grad():
+                return self._predict(x, step, conditioning.rows, role)
+        level = self.schedule.levels[step]
+        through = any(reward.through_denoiser for reward, _ in tilt.rewards)
+        with torch.enable_grad():
+            state = x.detach().requires_grad_()
+            with torch.set_grad_enabled(through):
+                own = self._predict(state, step, conditioning.rows, role)
+            plain = Prediction(x0=own.x0.detach(), x1=own.x1.detach())
+            held = from_velocity(plain.velocity, state, level.alpha, level.sigma).x0
+            values = [weight * reward(state, own.x0 if reward.through_denoiser else held, level, conditioning.prompts)
+                      for reward, weight in tilt.rewards if weight != 0]
+            if not values:
+                return plain
+            (gradient,) = torch.autograd.grad(torch.stack([value.sum().to(x.device) for value in values]).sum(), state)
+        return tilted(plain, x, level, gradient, tilt.max_ratio)
+
+    def predict_at(self, x: Tensor, timesteps: Tensor, conditioning: GuidedConditioning, role: Role = "policy") -> Prediction:
+        """Refused: guidance belongs to sampling, losses at other timesteps ask the policy itself."""
+        raise ValueError("a guided policy predicts at the steps of its schedule only; give losses the policy without guidance")
+
+    @property
+    def times(self) -> TrainingTimes:
+        return self.policy.times
+
+    def initial_latents(self, seeds: Sequence[int]) -> Tensor:
+        return self.policy.initial_latents(seeds)
+
+    def decode(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> list[Media]:
+        return self.policy.decode(latents, prompts)
+
+    def named_trainable(self) -> Mapping[str, nn.Parameter]:
+        return self.policy.named_trainable()
+
+    def has_role(self, role: Role) -> bool:
+        return self.policy.has_role(role)
+
+    def snapshot(self, role: Role, values: Mapping[str, Tensor] | None = None) -> None:
+        self.policy.snapshot(role, values)
+
+    def snapshots(self) -> Mapping[str, Mapping[str, Tensor]]:
+        return self.policy.snapshots()
+
+    def train(self, mode: bool = True) -> None:
+        self.policy.train(mode)
