@@ -187,12 +187,13 @@ class _Cache:
         write_latents(self.place(key).path, latent[None], self.identity)
 
 
-def write_latents(path: Path, latents: Tensor, identity: str) -> None:
+def write_latents(path: Path, latents: Tensor, identity: str | None) -> None:
     """Latents (n, *latent_shape) as a file that is complete or not there; ``identity`` says which pipeline can use them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     try:
-        save_file({NAME: latents.detach().float().cpu().contiguous().clone()}, partial, metadata={"identity": identity})
+        save_file({NAME: latents.detach().float().cpu().contiguous().clone()}, partial,
+                  metadata=None if identity is None else {"identity": identity})
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
