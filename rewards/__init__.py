@@ -12,8 +12,11 @@ BUILTIN: dict[str, str] = {
     "bradley_terry": "visalign.rewards.pairwise:BradleyTerry",
     "captions": "visalign.rewards.captions:CaptionVerifier",
     "clip": "visalign.rewards.clip:ClipScore",
+    "exemplar_distance": "visalign.rewards.distribution:ExemplarDistance",
+    "frechet_distance": "visalign.rewards.distribution:FrechetDistance",
     "function": "visalign.rewards.function:FunctionReward",
     "jpeg_compressibility": "visalign.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "visalign.rewards.jpeg:JpegIncompressibility",
+    "vendi": "visalign.rewards.distribution:VendiScore",
     "win_rate": "visalign.rewards.pairwise:WinRate",
 }

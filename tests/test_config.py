@@ -37,7 +37,7 @@ def test_all_mistakes_are_reported_at_once_with_path_and_suggestion() -> None:
 
 
 @pytest.mark.parametrize(("change", "path", "needle"), [
-    ({"rewards": []}, "rewards", "at least 1"),
+    ({"rewards": []}, "top level", "rewards: at least one is needed"),
     ({"rewards": [{"name": "clip", "required": False}]}, "rewards", "no reward is required"),
     ({"train": {"groups": 3, "group_size": 5, "updates": 4}}, "train", "updates 4 does not divide"),
     ({"train": {"groups": 4, "group_size": 4, "microbatch": 3}}, "train", "use one of [1, 2, 4, 8, 16]"),

@@ -115,7 +115,7 @@ def test_a_reference_that_follows_the_policy_is_stopped(tmp_path):
 def test_kl_without_a_reference_is_refused_before_anything_is_sampled(tmp_path):
     policy = world()
     policy._snapshots.clear()
-    with pytest.raises(ValueError, match="needs a reference"):
+    with pytest.raises(ValueError, match="compares with a reference"):
         run_with(policy, tmp_path)
 
 

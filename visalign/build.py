@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from visalign import checkpoint
-from visalign.algorithms.grpo import GRPO
+from visalign.build_algorithm import build_algorithm
 from visalign.config import Config, GuardConfig, RewardConfig, resolve_path
 from visalign.credit import RewardTerm
 from visalign.data import load_prompts
@@ -18,7 +18,7 @@ from visalign.distributed import Processes
 from visalign.maths.seeds import derive_seed
 from visalign.parts import Parts
 from visalign.plugins import load_reward
-from visalign.protocols import Reward
+from visalign.protocols import Reward, SetReward
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import TrajectorySampler
@@ -37,19 +37,20 @@ def build(config: Config, processes: Processes) -> Parts:
     prompts, eval_prompts = build_prompts(config)
     sampler = build_sampler(config)
     terms, guards = build_rewards(config)
+    algorithm = build_algorithm(config, terms)
     # One seed for all processes: every one of them must draw the same adapter.
     checkpoint.seed_everything(derive_seed(config.train.seed, 0))
     policy = build_policy(config, processes, probe=prompts[0])
     checkpoint.seed_everything(derive_seed(config.train.seed, 1, processes.rank))
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
     train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
-    return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=build_algorithm(config),
+    return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=algorithm,
                  terms=terms, guards=guards, prompts=prompts, eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
 
 
 def build_prompts(config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Training and evaluation prompts; without ``data.eval_prompts`` a run is evaluated on its first training prompts."""
-    prompts = load_prompts(config.data.prompts)
+    prompts = [] if config.data.prompts is None else load_prompts(config.data.prompts)
     eval_prompts = prompts if config.data.eval_prompts is None else load_prompts(config.data.eval_prompts)
     if len(eval_prompts) < config.evaluation.num_prompts:
         raise ValueError(f"evaluation.num_prompts is {config.evaluation.num_prompts}, but there are {len(eval_prompts)} evaluation "
@@ -71,18 +72,20 @@ def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward]]:
     loaded = {name: (entry, load(entry)) for name, entry in unique_names([*config.rewards, *config.guards]).items()}
     terms = [RewardTerm(name=name, reward=reward, weight=entry.weight, required=entry.required)
              for name, (entry, reward) in loaded.items() if isinstance(entry, RewardConfig)]
-    guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig)}
+    guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig) and isinstance(reward, Reward)}
     return terms, guards
 
 
-def load(entry: RewardConfig | GuardConfig) -> Reward:
+def load(entry: RewardConfig | GuardConfig) -> Reward | SetReward:
     """The reward an entry names.
 
     Raises:
         ValueError: it is a pairwise judge, which needs a schedule to become scores.
     """
     found = load_reward(entry.name, **resolve_path(dict(entry.params)))
-    if not isinstance(found, Reward):
+    if isinstance(found, SetReward) and isinstance(entry, GuardConfig):
+        raise ValueError(f"'{entry.name}' judges a set of samples as a whole and cannot be watched as a guard; list it under rewards")
+    if not isinstance(found, Reward | SetReward):
         raise ValueError(f"'{entry.name}' compares pairs and gives no score per sample; wrap it: "
                          f"{{name: win_rate, params: {{judge: {{reward: {entry.name}, ...}}}}}}")
     return found
@@ -113,9 +116,3 @@ def build_policy(config: Config, processes: Processes, probe: Prompt) -> Pipelin
     if config.train.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy
-
-
-def build_algorithm(config: Config) -> GRPO:
-    settings = config.algorithm
-    return GRPO(clip=settings.clip, surrogate=settings.surrogate, kl_weight=settings.kl_weight, kl_schedule=settings.kl_schedule,
-                iterations=config.train.iterations, old_log_prob=settings.old_log_prob)

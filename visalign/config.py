@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from visalign.geometry import Geometry
 from visalign.settings import ConfigError, apply_overrides, did_you_mean, dump_yaml, parse_yaml, validate
@@ -108,11 +108,41 @@ class DatasetConfig(Section):
     limit: Positive | None = None
 
 
-class DataConfig(Section):
-    """Prompts: a ``.txt`` or ``.jsonl`` file, ``playground:train`` / ``playground:heldout``, or a dataset."""
+class PreferencesConfig(Section):
+    """Samples with scores to learn from instead of generated ones; ``visalign pairs`` makes such a data set, others are read as they are.
 
-    prompts: str | DatasetConfig
+    Attributes:
+        path: our ``preferences.jsonl`` (or its folder), a folder of parquet files, or a Hugging Face dataset.
+        format: ``jsonl``, ``pickapic``, ``hpd``, ``align_anything``; ``null`` looks.
+        split, limit: of a dataset.
+        ties, broken: what happens to rows without a winner, and to rows that cannot be read: ``error``, ``skip`` (counted) or ``keep``.
+        resize: fit media of another size to the pipeline's (shorter side, then centre crop); otherwise they are an error.
+        cache: folder of encoded latents; default ``~/.cache/visalign/latents``.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    format: str | None = None
+    split: str = "train"
+    limit: Positive | None = None
+    ties: Literal["error", "skip", "keep"] = "error"
+    broken: Literal["error", "skip"] = "error"
+    resize: bool = False
+    cache: str | None = None
+
+
+class DataConfig(Section):
+    """Prompts: a ``.txt`` or ``.jsonl`` file, ``playground:train`` / ``playground:heldout``, or a dataset; or a preference data set."""
+
+    prompts: str | DatasetConfig | None = None
     eval_prompts: str | DatasetConfig | None = None
+    preferences: PreferencesConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.prompts is None) == (self.preferences is None):
+            raise ValueError("give either prompts to generate for, or preferences to learn from" +
+                             ("; a preference data set has its own prompts" if self.prompts is not None else ""))
+        return self
 
 
 class RewardConfig(Section):
@@ -201,6 +231,29 @@ class GrpoConfig(Section):
     kl_schedule: Literal["constant", "linear"] = "constant"
     old_log_prob: Literal["recorded", "recomputed"] = "recorded"
     advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+
+
+class AlgorithmConfig(BaseModel):
+    """Any algorithm but grpo by name, its own parameters beside it; they are the fields of its dataclass (``visalign/algorithms``), which
+    checks them when it is built, before any weight is loaded: ``{name: nft, beta: 0.1, times: {name: grid}}``."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: Annotated[str, Field(min_length=1)]
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return copy.deepcopy(self.model_extra or {})
+
+
+def _which_algorithm(value: Any) -> str:
+    name = value.get("name", "grpo") if isinstance(value, Mapping) else getattr(value, "name", "grpo")
+    return "GrpoConfig" if name == "grpo" else "AlgorithmConfig"
+
+
+AnyAlgorithm = Annotated[
+    Annotated[GrpoConfig, Tag("GrpoConfig")] | Annotated[AlgorithmConfig, Tag("AlgorithmConfig")], Discriminator(_which_algorithm),
+]
 
 
 class TrainConfig(Section):
@@ -303,10 +356,10 @@ class Config(Section):
     recipe: RecipeConfig = Field(default_factory=RecipeConfig)
     model: ModelConfig
     data: DataConfig
-    rewards: Annotated[tuple[RewardConfig, ...], Field(min_length=1)]
+    rewards: tuple[RewardConfig, ...] = ()
     guards: tuple[GuardConfig, ...] = ()
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
-    algorithm: GrpoConfig = Field(default_factory=GrpoConfig)
+    algorithm: AnyAlgorithm = Field(default_factory=GrpoConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     trainable: TrainableConfig = Field(default_factory=TrainableConfig)
     ema: EmaConfig | None = None
@@ -317,9 +370,19 @@ class Config(Section):
     @field_validator("rewards")
     @classmethod
     def _one_required(cls, rewards: tuple[RewardConfig, ...]) -> tuple[RewardConfig, ...]:
-        if not any(reward.required for reward in rewards):
+        if rewards and not any(reward.required for reward in rewards):
             raise ValueError("no reward is required, so that a group could be left without any; set required: true for one")
         return rewards
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Config:
+        if self.data.preferences is None and not self.rewards:
+            raise ValueError("rewards: at least one is needed, or data.preferences with a data set that holds its own scores")
+        if self.data.preferences is not None and self.rewards:
+            raise ValueError("rewards: a preference data set holds its own scores; list rewards under guards to watch them in evaluations")
+        if self.data.preferences is not None and self.algorithm.name == "grpo":
+            raise ValueError("algorithm: grpo learns from its own samples, a preference data set has none; use preference, nft or awm")
+        return self
 
     @field_validator("tracking")
     @classmethod

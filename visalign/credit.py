@@ -72,6 +72,7 @@ def judge_sets(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group_
         values = torch.full(found.raw.shape, torch.nan)
         if bool(whole.any()):
             values[whole] = term.reward.credit(found.features[whole], group_id[whole]).float()
+            whole = whole & torch.isfinite(values)
         reasons = tuple(None if ok else reason or "its group is incomplete"
                         for ok, reason in zip(whole.tolist(), found.reasons, strict=True))
         judged[term.name] = replace(found, raw=term.reward.spec.direction * values, value=values, valid=whole, reasons=reasons)

@@ -82,7 +82,8 @@ class Loop:
         self.folder = RunFolder(run_dir, writes=processes.is_main)
         self.geometry = geometry(config, processes)
         if parts.algorithm.needs_reference and not parts.policy.has_role("reference"):
-            raise ValueError("algorithm.kl_weight > 0 needs a reference, and the policy has none; train an adapter, or set kl_weight to 0")
+            raise ValueError("the algorithm compares with a reference (kl_weight > 0, or a loss that needs one), and the policy has none; "
+                             "train an adapter, or use kl_weight 0 and a loss without reference")
         trained = {term.name: term.reward for term in parts.terms}
         scoring.admit(trained, parts.prompts)
         scoring.admit({**trained, **parts.guards}, parts.eval_prompts)
@@ -151,7 +152,7 @@ class Loop:
         invariants.check_advantages(credit.advantage, everyone, group_id)
         share = self.processes.share(self.geometry.samples)
         own = slice(share.start, share.stop)
-        advantage = credit.advantage[own].unsqueeze(1).expand(-1, len(trajectory.transitions))
+        advantage = credit.advantage[own].unsqueeze(1).expand(-1, max(len(trajectory.transitions), 1))
         made = Experience(trajectory, advantage.to(trajectory.log_prob), credit.valid[own], self.state.iteration, credit.reward[own])
         return made, credit
 
@@ -209,7 +210,8 @@ class Loop:
         """Metrics of the current weights (their average, if there is one) on the evaluation prompts; kept under ``label``."""
         settings, optimization = self.config.evaluation, self.state.optimization
         with self.phase("evaluate"), self.averaged_weights():
-            found = evaluate(self.parts.eval_policy, self.parts.sampler, self.parts.eval_rewards, self.parts.eval_prompts[:settings.num_prompts],
+            prompts = self.parts.eval_prompts[:settings.num_prompts]
+            found = evaluate(self.parts.eval_policy, self.parts.sampler, self.parts.eval_rewards, prompts,
                              seed=settings.seed, batch=settings.batch, processes=self.processes, folder=self.folder.samples(label),
                              autocast=lambda: optimization.autocast(cache=True),
                              progress=lambda done, total: self.callback.on_phase("evaluate", done, total))

@@ -21,7 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
-from visalign.protocols import PairwiseReward, Reward
+from visalign.protocols import PairwiseReward, Reward, SetReward
 
 GROUP = "visalign.rewards"
 
@@ -42,7 +42,7 @@ def reward_names() -> dict[str, EntryPoint]:
     return names
 
 
-def load_reward(target: str, /, **params: Any) -> Reward | PairwiseReward:
+def load_reward(target: str, /, **params: Any) -> Reward | PairwiseReward | SetReward:
     """The reward that ``target`` names, made with ``params``.
 
     A class is instantiated; an instance is returned; a function ``f(media, prompts, ...)`` becomes a ``FunctionReward``, to which
@@ -58,14 +58,14 @@ def load_reward(target: str, /, **params: Any) -> Reward | PairwiseReward:
     if inspect.isclass(found):
         _check_params(target, _parameters(found), params)
         reward = found(**params)
-    elif isinstance(found, (Reward, PairwiseReward)):
+    elif isinstance(found, (Reward, PairwiseReward, SetReward)):
         _check_params(target, [], params)
         reward = found
     elif callable(found):
         reward = _wrap_function(target, found, params)
     else:
         reward = found
-    if not isinstance(reward, (Reward, PairwiseReward)):
+    if not isinstance(reward, (Reward, PairwiseReward, SetReward)):
         raise TypeError(f"{target} is a {type(reward).__name__}, not a reward: it needs `spec` (a RewardSpec) and "
                         "`score(media, prompts, group_id)` or `compare(first, second, prompts)`")
     return reward

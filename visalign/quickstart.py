@@ -65,7 +65,8 @@ def compare_with_base(config: Config, parts: loop.Parts, folder: Path, processes
     base = PipelinePolicy.from_pretrained(str(resolve_path(model.path)), dtype=getattr(torch, model.dtype), device=str(processes.device),
                                           **call)
     guided = base.with_call(guidance_scale=GUIDANCE)
-    found = evaluate(guided, parts.sampler, parts.eval_rewards, parts.eval_prompts[:settings.num_prompts], seed=settings.seed, batch=settings.batch,
+    prompts = parts.eval_prompts[:settings.num_prompts]
+    found = evaluate(guided, parts.sampler, parts.eval_rewards, prompts, seed=settings.seed, batch=settings.batch,
                      processes=processes, folder=folder / "samples" / GUIDED)
     assert found is not None, "the quick start runs on one process"
     before, after, beside = (diversity(policy, parts.sampler, parts.eval_prompts[:DIVERSITY_PROMPTS], settings.seed)

@@ -155,7 +155,7 @@ class Experience:
 
     Attributes:
         trajectory: the samples.
-        advantage: per sample and stored step, float32 (N, S); 0 where invalid.
+        advantage: per sample and stored step, float32 (N, max(S, 1)); 0 where invalid.
         valid: bool (N,); an invalid sample counts in no sum and no denominator.
         iteration: 0-based.
         reward: the weighted sum of standardised scores, float32 (N,), NaN where invalid; what pairs and weights are made of.

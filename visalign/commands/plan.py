@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from visalign.config import Config, resolve_path
+from visalign.config import Config, GrpoConfig, resolve_path
 from visalign.geometry import Geometry
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.steps import build_selection
@@ -83,6 +83,9 @@ def compute(config: Config, world: int) -> list[tuple[str, str]]:
         return [*rows, ("sampler steps", "the pipeline's default; set model.call.num_inference_steps to plan them")]
     num_steps, stochastic = steps
     guided = " (times 2 if the pipeline runs guidance as a second call)" if float(config.model.call.get("guidance_scale", 1.0)) > 1 else ""
+    if not isinstance(config.algorithm, GrpoConfig):
+        return [*rows, ("sampler steps", f"{num_steps}"), ("forwards to sample", f"{geometry.samples * num_steps} per iteration{guided}"),
+                ("reward calls", f"{geometry.samples} samples x {len(config.rewards)} rewards per iteration")]
     passes = 1 + (config.algorithm.kl_weight > 0) + (config.algorithm.old_log_prob == "recomputed")
     return [*rows,
             ("sampler steps", f"{num_steps}, of which {stochastic:g} stochastic and trained"),
