@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from visalign.credit import RewardTerm, assign_credit
-from visalign.maths.preference_selection import Agreement, Rule, select_pairs
+from visalign.maths.preference_selection import Agreement, select_pairs
 from visalign.maths.seeds import derive_seed
 from visalign.preferences.jsonl import write_lines
 from visalign.types import Prompt, Scores
@@ -170,9 +170,9 @@ def choose(groups: Sequence[ScoredGroup], terms: Sequence[RewardTerm], *, rule: 
     Raises:
         ValueError: an unknown rule, or options that do not go together.
     """
-    for name, value, known in (("rule", rule, get_args(Choice)), ("agreement", agreement, get_args(Agreement))):
-        if value not in known:
-            raise ValueError(f"{name} '{value}': use {', '.join(known)}")
+    for name, value, allowed in (("rule", rule, get_args(Choice)), ("agreement", agreement, get_args(Agreement))):
+        if value not in allowed:
+            raise ValueError(f"{name} '{value}': use {', '.join(allowed)}")
     if not (margin >= 0 and temperature > 0):
         raise ValueError(f"margin must be at least 0 and temperature above 0, got {margin} and {temperature}")
     if per_prompt is not None and per_prompt < 1:
@@ -182,41 +182,35 @@ def choose(groups: Sequence[ScoredGroup], terms: Sequence[RewardTerm], *, rule: 
     without: Counter[str] = Counter()
     invalid = Counter((name, reason) for group in groups for name, reasons in group.reasons.items() for reason in reasons if reason)
     for group in groups:
-        scores = {name: Scores.from_values(values) for name, values in group.values.items()}
-        size = len(group.seeds)
-        credit = assign_credit(terms, scores, torch.zeros(size, dtype=torch.int64))
-        reward, valid = credit.reward, credit.valid
-        known = reward[valid]
-        spread = float(known.max() - known.min()) if len(known) else 0.0
-        picked: list[tuple[list[int], float]] = []
-        if rule == "list":
-            picked = [(list(range(size)), spread)] if bool(valid.all()) and spread > margin else []
-        elif len(known):
-            criteria = torch.stack([math.copysign(1, term.weight) * scores[term.name].value for term in terms], dim=-1)
-            found = select_pairs(reward[None], valid[None], _rule(rule), margin, max_pairs=per_prompt, agreement=agreement,
-                                 criteria=criteria[None], temperature=temperature,
-                                 generator=torch.Generator().manual_seed(derive_seed(seed, group.group, SELECT)))
-            members = torch.stack([found.chosen, found.rejected], dim=1).tolist()
-            picked = list(zip(members, found.margin.tolist(), strict=True))
+        picked, nothing, reward = _pick(group, terms, rule, margin, per_prompt, agreement, temperature, seed)
         if not picked:
-            reason = _why_nothing(len(known), spread, margin)
-            without["invalid samples" if rule == "list" and not bool(valid.all()) else reason] += 1
+            without[nothing] += 1
         for rows, gap in picked:
-            lines.append(_line(group, rows, reward.tolist(), gap))
+            lines.append(_line(group, rows, reward, gap))
             margins.append(gap)
     return Selection(tuple(lines), tuple(margins), dict(without), dict(invalid))
 
 
-def _rule(rule: str) -> Rule:
-    return rule  # type: ignore[return-value]
-
-
-def _why_nothing(num_valid: int, spread: float, margin: float) -> str:
-    if num_valid < 2:
-        return "too few valid samples"
-    if spread == 0:
-        return "ties"
-    return "below the margin" if spread <= margin else "rewards disagree or nothing was drawn"
+def _pick(group: ScoredGroup, terms: Sequence[RewardTerm], rule: Choice, margin: float, per_prompt: int | None, agreement: Agreement,
+          temperature: float, seed: int) -> tuple[list[tuple[list[int], float]], str, list[float]]:
+    """(samples, margin) per preference of one group; why there is none, if so; and the combined rewards."""
+    scores = {name: Scores.from_values(values) for name, values in group.values.items()}
+    size = len(group.seeds)
+    credit = assign_credit(terms, scores, torch.zeros(size, dtype=torch.int64))
+    usable, reward = credit.reward[credit.valid], credit.reward.tolist()
+    if len(usable) < 2:
+        return [], "too few valid samples", reward
+    spread = float(usable.max() - usable.min())
+    nothing = "ties" if spread == 0 else "below the margin" if spread <= margin else "rewards disagree or nothing was drawn"
+    if rule == "list":
+        whole = bool(credit.valid.all())
+        return [(list(range(size)), spread)] if whole and spread > margin else [], nothing if whole else "invalid samples", reward
+    criteria = torch.stack([math.copysign(1, term.weight) * scores[term.name].value for term in terms], dim=-1)
+    found = select_pairs(credit.reward[None], credit.valid[None], rule, margin, max_pairs=per_prompt, agreement=agreement,
+                         criteria=criteria[None], temperature=temperature,
+                         generator=torch.Generator().manual_seed(derive_seed(seed, group.group, SELECT)))
+    members = torch.stack([found.chosen, found.rejected], dim=1).tolist()
+    return list(zip(members, found.margin.tolist(), strict=True)), nothing, reward
 
 
 def _line(group: ScoredGroup, members: Sequence[int], reward: Sequence[float], margin: float) -> str:
