@@ -118,6 +118,10 @@ class GaussianPolicy(nn.Module):
         pixels = ((latents.detach() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return [Media(kind="image", data=image) for image in pixels]
 
+    def decode_tensor(self, latents: Tensor, prompts: Sequence[Prompt] | None = None) -> Tensor:
+        """Audio: the latents themselves. Image: [-1, 1] becomes [0, 1]. Differentiable in ``latents``."""
+        return latents if self.media == "audio" else ((latents + 1) / 2).clamp(0, 1)
+
     def named_trainable(self) -> Mapping[str, nn.Parameter]:
         return {"shift": self.shift}
 
