@@ -51,7 +51,7 @@ class MediaReward:
 
     reward: DifferentiableReward
     decode: Callable[[Tensor, Sequence[Prompt]], Tensor]
-    through_denoiser: bool = True
+    through_denoiser: bool = False
 
     def __call__(self, x: Tensor, x0: Tensor, level: NoiseLevel, prompts: Sequence[Prompt]) -> Tensor:
         return self.reward.score_tensor(self.decode(x0, prompts), prompts)

@@ -115,11 +115,26 @@ def train(
 @app.command(epilog="Examples:\n\n"
              "  visalign sample playground:pipeline -p 'a red circle' --out samples/base\n\n"
              "  visalign sample runs/first -p 'a red circle' --seeds 0-7          the run's model with its adapter\n\n"
-             "  visalign sample org/model --adapter runs/first/adapter --prompts prompts.txt num_inference_steps=28")
+             "  visalign sample org/model --adapter runs/first/adapter --prompts prompts.txt num_inference_steps=28\n\n"
+             "  visalign sample org/model --negative runs/npo/adapter -p 'a red circle' guidance_scale=5\n\n"
+             "  visalign sample playground:pipeline -p 'a red circle' --guide '{name: clip, params: {model: playground:clip}}=100'")
 def sample(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, playground:pipeline, or a run's folder.")],
     call: CallArguments = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="A run's adapter folder.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", "--positive", metavar="DIR", help="A run's adapter folder.")] = None,
+    negative: Annotated[Path | None, typer.Option("--negative", metavar="DIR", help=
+        "An adapter trained on reversed preferences (Diffusion-NPO): it makes the predictions that guidance subtracts.")] = None,
+    merge_alpha: Annotated[float | None, typer.Option("--merge-alpha", help=
+        "How much of --adapter the negative weights hold, 0 to 1; default 1.")] = None,
+    merge_beta: Annotated[float | None, typer.Option("--merge-beta", help=
+        "How much of --negative the negative weights hold, 0 to 1; default 1.")] = None,
+    guide: Annotated[list[str] | None, typer.Option("--guide", metavar="REWARD=WEIGHT", help=
+        "Follow a differentiable reward's gradient while sampling; repeat for several. The weight is in nats per unit of reward.")] = None,
+    guide_max_ratio: Annotated[float | None, typer.Option("--guide-max-ratio", help=
+        "Cap of sigma / alpha, by which a gradient is multiplied; default 4.")] = None,
+    guide_skip: Annotated[int | None, typer.Option("--guide-skip", help="First steps without --guide.")] = None,
+    guide_through_denoiser: Annotated[bool, typer.Option("--guide-through-denoiser", help=
+        "Differentiate the denoiser too: slower and exact in more cases.")] = False,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help="A .txt or .jsonl file, playground:heldout.")] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="For every prompt: 0-3 or 1,5,9.")] = "0",
@@ -129,9 +144,12 @@ def sample(
 ) -> None:
     """Generate with a pipeline and, if given, a trained adapter: PNG, MP4 or WAV files and their index."""
     from visalign.commands import sample as command
+    from visalign.commands.guided import GuidanceOptions
 
+    guidance = GuidanceOptions(rewards=tuple(guide or ()), negative=negative, merge_alpha=merge_alpha, merge_beta=merge_beta,
+                               max_ratio=guide_max_ratio, skip_first=guide_skip, through_denoiser=guide_through_denoiser)
     command.run(model, list(call or []), adapter=adapter, texts=list(prompt or []), source=prompts, seeds=seeds, dtype=dtype,
-                device=device, out=out)
+                device=device, out=out, guidance=guidance)
 
 
 @app.command(epilog="Examples:\n\n"

@@ -1,8 +1,9 @@
-"""``visalign sample``: the pipeline's own call, prompt by prompt and seed by seed, with or without an adapter."""
+"""``visalign sample``: the pipeline's own call, prompt by prompt and seed by seed, with or without an adapter or guidance."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ from rich.console import Console
 from rich.progress import track
 
 from visalign.commands import quiet_libraries
+from visalign.commands.guided import GuidanceOptions, guided_draw
 from visalign.commands.pipelines import call_arguments, call_pipeline, check_call, load_pipeline
 from visalign.config import load_config
 from visalign.data import load_prompts
 from visalign.media import INDEX, Sample, append_index, save_media
-from visalign.types import Prompt
+from visalign.types import Media, Prompt
 
 
 def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], source: str | None, seeds: str, dtype: str | None,
-        device: str, out: Path) -> None:
+        device: str, out: Path, guidance: GuidanceOptions | None = None) -> None:
     prompts = [Prompt(text) for text in texts] + (load_prompts(source) if source else [])
     if not prompts:
         raise ValueError("nothing to draw: give -p 'a prompt' (several times if you like) or --prompts FILE")
@@ -32,21 +34,28 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
         adapter = adapter or Path(model) / "adapter"
         model, dtype = config.model.path, dtype or config.model.dtype
     quiet_libraries()
-    pipeline = load_pipeline(model, dtype or "float32", device, adapter)
     arguments |= call_arguments(call)
-    implied = {"negative_prompt": any(prompt.negative is not None for prompt in prompts), "image": any(prompt.images for prompt in prompts)}
-    check_call(pipeline, [*arguments, *(name for name, needed in implied.items() if needed)])
     console = Console(stderr=True)
+    draw: Callable[[Prompt, int], Media]
+    if guidance is not None and guidance.wanted:
+        draw = guided_draw(model, dtype or "float32", device, adapter, arguments, prompts[0], guidance)
+    else:
+        draw = _plain_draw(load_pipeline(model, dtype or "float32", device, adapter), arguments, prompts)
     out.mkdir(parents=True, exist_ok=True)
     digits, made = max(4, len(str(len(jobs) - 1))), 0
     try:
         for prompt, seed in track(jobs, description="sample", console=console, disable=not console.is_terminal):
-            media = call_pipeline(pipeline, prompt, seed, arguments)
-            append_index(out, Sample(file=save_media(media, out / f"{made:0{digits}d}"), prompt=prompt, seed=seed))
+            append_index(out, Sample(file=save_media(draw(prompt, seed), out / f"{made:0{digits}d}"), prompt=prompt, seed=seed))
             made += 1
     finally:  # also after Ctrl-C or an error: what was made is on disk
         if made:
             console.print(f"{made} of {len(jobs)} samples in {out}" if made < len(jobs) else f"{made} samples in {out}", highlight=False)
+
+
+def _plain_draw(pipeline: Any, arguments: dict[str, Any], prompts: Sequence[Prompt]) -> Callable[[Prompt, int], Media]:
+    implied = {"negative_prompt": any(prompt.negative is not None for prompt in prompts), "image": any(prompt.images for prompt in prompts)}
+    check_call(pipeline, [*arguments, *(name for name, needed in implied.items() if needed)])
+    return lambda prompt, seed: call_pipeline(pipeline, prompt, seed, arguments)
 
 
 def parse_seeds(text: str) -> list[int]:
