@@ -104,9 +104,10 @@ class AWM:
         recorded = {"error": error, "ratio": terms.ratio, "clip_fraction": terms.clipped.double()}
         maxima = {"policy/ratio_deviation": microbatch.largest((terms.ratio - 1).abs())}
         weights: dict[Role, float] = {"reference": self.kl_weight, "ema": self.ema_weight}
-        for role in others.keys() & weights.keys():
-            recorded[f"kl_{role}"] = distance = mean_square(found.velocity - others[role].velocity, draws)
-            loss = loss + weights[role] * distance
+        for role, weight in weights.items():
+            if role in others:
+                recorded[f"kl_{role}"] = distance = mean_square(found.velocity - others[role].velocity, draws)
+                loss = loss + weight * distance
         if self.needs_reference:
             maxima["policy/kl_reference"] = microbatch.largest(recorded["kl_reference"])
         recorded["loss"] = loss
