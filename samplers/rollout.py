@@ -53,6 +53,9 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
     mixed = Mixed(dynamics, noisy)
     transitions = tuple(mixed.transition(levels, step) for step in range(policy.schedule.num_steps))
     _check_stochastic(transitions, noisy, dynamics)
+    if same_initial_noise and not noisy and group_size > 1:
+        raise ValueError("same_initial_noise with no stochastic step makes every sample of a group the same; set "
+                         "sampler.same_initial_noise=false, or select stochastic steps (sampler.steps)")
 
     num_samples = len(prompts) * group_size
     device = policy.device if storage_device is None else storage_device

@@ -170,6 +170,8 @@ class Loop:
             if denominator == 0:
                 continue  # not one valid sample anywhere; the circuit breaker stops a run in which this persists
             tally = self.accumulate(Batch(experience, rows, denominator, self.processes.sum), update).over(self.processes)
+            if not tally.sums:
+                continue  # nothing to compare anywhere, such as ties alone: momentum must not move the weights
             if update == 0:
                 invariants.check_reference(tally.maxima, moved=self.moved, iteration=experience.iteration)
                 invariants.check_first_update(tally.maxima, iteration=experience.iteration, num_dims=experience.trajectory.num_dims,

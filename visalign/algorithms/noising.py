@@ -56,6 +56,8 @@ class Times:
         Raises:
             ValueError: a grid with fewer steps than draws.
         """
+        if not seeds:
+            return torch.empty(0, num_draws, dtype=torch.float64)
         if self.name == "grid":
             return self._grid(policy, seeds, num_draws)
         rows = []
@@ -75,8 +77,8 @@ class Times:
         visited = policy.schedule.timesteps
         allowed = torch.tensor(visited[self.skip_first: len(visited) - self.skip_last], dtype=torch.float64)
         if num_draws > len(allowed):
-            raise ValueError(f"times: the schedule has {len(visited)} steps, {len(allowed)} without those left out, but {num_draws} draws per "
-                             "sample are asked for; use fewer draws, more num_inference_steps, or times: uniform")
+            raise ValueError(f"times: the schedule has {len(visited)} steps, {len(allowed)} without those left out, but {num_draws} draws "
+                             "per sample are asked for; use fewer draws, more num_inference_steps, or times: uniform")
         orders = [torch.randperm(len(allowed), generator=torch.Generator().manual_seed(seed))[:num_draws] for seed in seeds]
         return allowed[torch.stack(orders)]
 

@@ -176,13 +176,12 @@ class PreferenceOptimisation:
         needs, experience = self.preference_loss.needs, batch.experience
         groups = self.pairing.groups(needs.group, experience, batch.rows, seed)
         index = experience.trajectory.sample_index
-        timesteps = torch.empty(len(groups.rows), self.draws, dtype=torch.float64)
-        if len(groups.rows):
-            seeds = [derive_seed(seed, *index[row].tolist(), TIME) for row in groups.rows]
-            timesteps = self.times.draw(policy, seeds, self.draws)
+        seeds = [derive_seed(seed, *sorted(index[row].tolist()), TIME) for row in groups.rows]
+        timesteps = self.times.draw(policy, seeds, self.draws)
         total = batch.reduce([float(len(groups.rows) * self.draws)])[0]
+        chunks = torch.arange(len(groups.rows)).split(max(1, microbatch // groups.rows.shape[1])) if len(groups.rows) else ()
         parts = [Microbatch(experience, groups.select(at), draw, timesteps[at, draw], seed, total, {})
-                 for draw in range(self.draws) for at in torch.arange(len(groups.rows)).split(max(1, microbatch // groups.rows.shape[1]))]
+                 for draw in range(self.draws) for at in chunks]
         statistics = {name: self._mean(name, policy, parts, batch) for name in needs.statistics}
         yield from (replace(part, statistics=statistics) for part in parts)
 
@@ -244,7 +243,7 @@ class PreferenceOptimisation:
             return add_noise(policy, x0, self.invert(policy, x0, timesteps, conditioning), timesteps)
         index = part.experience.trajectory.sample_index[part.groups.rows]
         shared = self.preference_loss.needs.shared_noise if self.share_noise is None else self.share_noise
-        index = index[:, :1].expand(num, size) if shared else index
+        index = index.amin(dim=1, keepdim=True).expand(num, size) if shared else index
         noise = gaussian_noise(draw_seeds(part.seed, index.flatten().tolist(), part.draw, NOISE), x0)
         return add_noise(policy, x0, noise, timesteps)
 
@@ -253,7 +252,7 @@ class PreferenceOptimisation:
         prompts = [trajectory.prompts[group] for group in trajectory.group_id[flat].tolist()]
         if self.prompt_dropout == 0:
             return prompts
-        seeds = draw_seeds(part.seed, trajectory.sample_index[part.groups.rows[:, 0]].tolist(), part.draw, DROPOUT)
+        seeds = draw_seeds(part.seed, trajectory.sample_index[part.groups.rows].amin(dim=1).tolist(), part.draw, DROPOUT)
         dropped = [float(torch.rand((), generator=Generator().manual_seed(seed))) < self.prompt_dropout for seed in seeds]
         return [replace(prompt, text="") if dropped[row // size] else prompt for row, prompt in enumerate(prompts)]
 
