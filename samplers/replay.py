@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visalign.preferences.latents import load_latents
 from visalign.preferences.records import PreferenceDataset, PreferenceRecord
+from visalign.preferences.stored import load_latents
 from visalign.protocols import Policy
 from visalign.samplers.rollout import generate
 from visalign.types import Prompt, Role, Scores, Trajectory

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from tests.preferences.judged import pairs, picture, write
 from visalign.preferences import PreferenceError, load_preferences, write_jsonl
-from visalign.preferences.records import MediaFile, StoredLatent
+from visalign.preferences.candidates import MediaFile, StoredLatent
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_one_data_set_has_one_number_of_candidates(folder):
     ({"ties": "drop"}, "ties 'drop': use error, skip, keep"),
     ({"broken": "keep"}, "broken 'keep': use error, skip"),
     ({"limit": 0}, "limit must be at least 1"),
-    ({"format": "parquet"}, "format 'parquet': use jsonl, pick_a_pic"),
+    ({"format": "parquet"}, "format 'parquet': use jsonl, pickapic"),
 ])
 def test_wrong_options(folder, options, message):
     with pytest.raises(ValueError, match=message):

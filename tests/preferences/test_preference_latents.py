@@ -10,7 +10,8 @@ import torch
 
 from tests.preferences.judged import Encoder, encoded, pairs, picture, write
 from visalign.preferences import PreferenceError, cached_latents, load_latents, load_preferences, write_jsonl
-from visalign.preferences.latents import write_latents
+from visalign.preferences.candidates import MediaFile
+from visalign.preferences.stored import write_latents
 
 
 def cache(policy, path, **options):
@@ -18,7 +19,7 @@ def cache(policy, path, **options):
 
 
 def files(folder):
-    return sorted(path for path in (folder / "cache").rglob("*") if path.is_file())
+    return sorted((folder / "cache").rglob("*.safetensors"))
 
 
 def test_everything_is_encoded_once(tmp_path):
@@ -69,19 +70,34 @@ def test_a_damaged_file_is_made_again(tmp_path, caplog):
     assert load_latents(cached.dataset.records[0].candidates).shape == (2, 3, 8, 8)
 
 
+def test_unchanged_files_are_not_read_again(tmp_path, monkeypatch):
+    path, policy = pairs(tmp_path, 3), Encoder()
+    first = cache(policy, path)
+    read = []
+    monkeypatch.setattr(MediaFile, "read", lambda self: read.append(self.path.name) or self.path.read_bytes())
+    assert cache(policy, path).dataset.records == first.dataset.records
+    assert read == []
+    first.dataset.records[1].candidates[0].path.unlink()
+    assert cache(policy, path).encoded == 1
+    assert read == ["2.png"]
+    picture(tmp_path / "4.png", seed=9)
+    assert cache(policy, path).encoded == 1
+    assert sorted(read[1:]) == [f"{k}.png" for k in range(6)]  # another data set: everything is looked at, one is new
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.preferences.judged import Encoder
-from visalign.preferences import cached_latents, latents, load_preferences
+from visalign.preferences import cached_latents, load_preferences, stored
 moment, path = sys.argv[1], Path(sys.argv[2])
 if moment == "writing":
-    save = latents.save_file
+    save = stored.save_file
     def lethal(tensors, file, **rest):
         save(tensors, file, **rest)
         if len(list(path.parent.glob("cache/*/*.safetensors"))) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-    latents.save_file = lethal
+    stored.save_file = lethal
 def progress(done, total):
     if moment == "between" and done == 4:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -3,10 +3,21 @@
 import json
 
 import pytest
+import torch
 
 from tests.preferences.judged import Encoder, picture
-from visalign.preferences import PreferenceError, cached_latents, load_latents, load_preferences
-from visalign.preferences.layouts import LAYOUTS, sniff
+from visalign.preferences import (
+    PreferenceDataset,
+    PreferenceError,
+    PreferenceRecord,
+    cached_latents,
+    load_latents,
+    load_preferences,
+    readers,
+)
+from visalign.preferences.candidates import MediaCell
+from visalign.preferences.layouts import FORMATS, sniff
+from visalign.types import Prompt
 
 
 @pytest.fixture
@@ -145,7 +156,7 @@ def test_labels_that_contradict_each_other(folder):
 
 
 def test_an_unknown_layout_says_what_is_known(folder):
-    with pytest.raises(ValueError, match=r"no known layout has the columns text, left, right.*pick_a_pic: caption"):
+    with pytest.raises(ValueError, match=r"no known layout has the columns text, left, right.*pickapic: caption"):
         from_json(folder, {"text": "a", "left": "0.png", "right": "1.png"})
     with pytest.raises(ValueError, match="expected a list of objects"):
         from_json(folder, 3)
@@ -157,5 +168,37 @@ def test_an_unknown_layout_says_what_is_known(folder):
 
 
 def test_every_layout_recognises_itself():
-    for layout in LAYOUTS.values():
-        assert sniff([*layout.signature, "another"]) is layout
+    for name, layouts in FORMATS.items():
+        for layout in layouts:
+            columns = [*layout.signature, layout.columns[-1], "another"]
+            assert sniff(columns) is sniff(columns, name) is layout
+            assert all(sniff(columns, other) is None for other in FORMATS if other != name)
+
+
+def test_a_named_format_is_not_guessed(folder):
+    row = {"prompt": "a", "path1": "0.png", "path2": "1.png"}
+    assert len(from_json(folder, row, format="hpd")) == 1
+    with pytest.raises(ValueError, match=r"no known layout has the columns prompt, path1, path2\. Known are pickapic: caption, jpg_0"):
+        from_json(folder, row, format="pickapic")
+
+
+def test_an_unchanged_table_is_not_read_again(folder, table, monkeypatch):
+    def encode():
+        dataset = load_preferences(table, ties="skip", broken="skip")
+        return cached_latents(Encoder(), dataset, folder / "cache", identity="test", broken="skip").dataset
+
+    first, read = encode(), []
+    original = readers._cell
+    monkeypatch.setattr(readers, "_cell", lambda cells, row, column: read.append((row, column)) or original(cells, row, column))
+    assert encode().records == first.records
+    assert read == [(5, "jpg_1")]  # the empty cell, which is looked at again
+
+
+def test_cells_that_cannot_be_told_apart_without_reading_are_read(tmp_path):
+    for k in range(2):
+        picture(tmp_path / f"{k}.png", seed=k)
+    cells = tuple(MediaCell((tmp_path / f"{k}.png").read_bytes, f"cell {k}", ".png") for k in range(2))
+    dataset = PreferenceDataset("cells", (PreferenceRecord(Prompt("a"), cells, (1.0, 0.0), 0),))
+    for _ in range(2):
+        cached = cached_latents(Encoder(), dataset, tmp_path / "cache", identity="test")
+        assert not torch.equal(*load_latents(cached.dataset.records[0].candidates))

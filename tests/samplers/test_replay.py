@@ -5,7 +5,7 @@ import torch
 
 from tests.preferences.judged import Encoder, encoded, pairs, picture, write
 from visalign.preferences import cached_latents, load_preferences
-from visalign.preferences.latents import write_latents
+from visalign.preferences.stored import write_latents
 from visalign.samplers.replay import ReplaySampler
 from visalign.samplers.rollout import generate
 from visalign.types import Prompt

@@ -27,8 +27,8 @@ from visalign.maths.seeds import derive_seed
 from visalign.media import save_media
 from visalign.preferences.groups import LATENTS, MEDIA, Choice, GroupFolder, ScoredGroup, Selection, choose, scored_group
 from visalign.preferences.jsonl import write_lines
-from visalign.preferences.latents import write_latents
 from visalign.preferences.readers import INDEX
+from visalign.preferences.stored import write_latents
 from visalign.samplers.identity import pipeline_identity
 from visalign.samplers.observe import CaptureError
 from visalign.samplers.policy import PipelinePolicy

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from visalign.media import KIND, load_media
-from visalign.preferences.records import MediaCell, MediaFile, RowError
+from visalign.preferences.candidates import MediaCell, MediaFile
+from visalign.preferences.records import RowError
 from visalign.types import Media, MediaKind
 
 KINDS: Mapping[str, MediaKind] = {**{suffix: kind for suffix, kind in KIND.items() if kind != "mesh"}, ".flac": "audio"}
@@ -33,9 +34,13 @@ def decode(candidate: MediaFile | MediaCell) -> Media:
     """
     try:
         if isinstance(candidate, MediaFile):
+            if not candidate.path.is_file():
+                raise FileNotFoundError("no such file")
             return _decode_file(candidate.path)
-        with tempfile.NamedTemporaryFile(suffix=candidate.suffix) as file:
-            file.write(candidate.read())
+        content = candidate.read()
+        # Tables do not say how audio is encoded; images and videos are recognised by their readers.
+        with tempfile.NamedTemporaryFile(suffix=".flac" if content.startswith(b"fLaC") else candidate.suffix) as file:
+            file.write(content)
             file.flush()
             return _decode_file(Path(file.name))
     except FileNotFoundError as error:

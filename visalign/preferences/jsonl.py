@@ -22,18 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from visalign.data import _from_row as prompt_from_row
+from visalign.preferences.candidates import Candidate, MediaFile, StoredLatent
 from visalign.preferences.content import KINDS
-from visalign.preferences.records import (
-    Candidate,
-    MediaFile,
-    PreferenceDataset,
-    PreferenceRecord,
-    Problem,
-    RowError,
-    StoredLatent,
-    as_scores,
-    scores_of_ranking,
-)
+from visalign.preferences.judgements import as_scores, scores_of_ranking
+from visalign.preferences.records import PreferenceDataset, PreferenceRecord, Problem, RowError
 from visalign.settings import did_you_mean
 from visalign.types import Prompt
 

@@ -5,42 +5,32 @@
 A file's name is the SHA-256 of the medium's bytes, of the pipeline's identity and of whether it was resized: a file that is
 overwritten, another VAE or another size never meets an old latent, and a picture that is in many pairs is encoded once. Files appear by
 a rename after they are complete, so that a killed run continues where it was and several processes may share the folder.
+
+    folder/keys/8c1f...02.txt            names of a data set's contents, so that what has not changed need not be read again
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
+from visalign.preferences.candidates import Candidate, MediaCell, MediaFile, StoredLatent
 from visalign.preferences.content import KINDS, check_header, decode, fit
-from visalign.preferences.records import (
-    Broken,
-    Candidate,
-    MediaCell,
-    MediaFile,
-    PreferenceDataset,
-    PreferenceError,
-    Problem,
-    RowError,
-    StoredLatent,
-)
+from visalign.preferences.jsonl import write_lines
+from visalign.preferences.records import Broken, PreferenceDataset, PreferenceError, Problem, RowError
+from visalign.preferences.stored import check_stored, header, write_latents
 from visalign.types import Media, Prompt
 
 logger = logging.getLogger(__name__)
-
-NAME = "latents"
-
 
 class MediaEncoder(Protocol):
     """The part of a policy that caching needs."""
@@ -87,77 +77,129 @@ def cached_latents(policy: MediaEncoder, dataset: PreferenceDataset, folder: Pat
         ValueError: no row is left.
     """
     cache = _Cache(folder, identity + ("+resize" if resize else ""), policy.latent_shape)
-    example: list[Media] = []  # what the pipeline makes; decoded only if something needs to be encoded
-
-    def like() -> Media:
-        if not example:
-            example.extend(policy.decode(torch.zeros(1, *policy.latent_shape)))
-        return example[0]
-
+    keys = _Keys(folder / "keys", cache.identity, [candidate for record in dataset.records for candidate in record.candidates])
+    size = _Size(policy, resize)
     remedy = "broken='skip' leaves these rows out" + ("" if resize else "; resize=True scales and crops media of other sizes")
-    problems: list[Problem] = []
-    places: dict[int, tuple[StoredLatent, ...]] = {}
-    pending: dict[str, tuple[int, MediaFile | MediaCell]] = {}
-    found = 0
+    plan = _plan(dataset, cache, keys, size, identity)
+    if plan.problems and broken == "error":
+        raise PreferenceError(dataset.source, plan.problems, remedy)
+    keys.save()
+    failed = _encode(policy, plan.pending, cache, size, batch, progress)
+    for row, places in plan.places.items():
+        if lost := [place for place in places if place in failed]:
+            plan.problems.append(Problem(row, failed[lost[0]].fault, str(failed[lost[0]])))
+    kept = dataset.without(plan.problems, broken, remedy)
+    records = tuple(replace(record, candidates=plan.places[record.row]) for record in kept.records)
+    return Cached(PreferenceDataset(kept.source, records, kept.dropped), encoded=len(plan.pending) - len(failed), found=plan.found)
+
+
+@dataclass
+class _Plan:
+    """By row, where its latents will be; by key, what is to be encoded for that; rows that cannot be used; what was there."""
+
+    places: dict[int, tuple[StoredLatent, ...]] = field(default_factory=dict)
+    pending: dict[str, MediaFile | MediaCell] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    found: int = 0
+
+
+def _plan(dataset: PreferenceDataset, cache: _Cache, keys: _Keys, size: _Size, identity: str) -> _Plan:
+    plan = _Plan()
     for record in dataset.records:
+        places: list[StoredLatent] = []
         try:
-            stored = []
             for candidate in record.candidates:
-                key = None if isinstance(candidate, StoredLatent) else _check(candidate, cache, like, resize)
-                stored.append(_check_stored(candidate, policy.latent_shape, identity) if key is None else cache.place(key))
-                if key is None or key in pending or cache.holds(key):
-                    found += 1
+                if isinstance(candidate, StoredLatent):
+                    places.append(check_stored(candidate, cache.shape, identity))
+                    plan.found += 1
+                    continue
+                key = keys.known(candidate)
+                if key is None or not cache.holds(key):
+                    key = keys.learn(candidate, _check(candidate, cache, size))
+                places.append(cache.place(key))
+                if key in plan.pending or cache.holds(key):
+                    plan.found += 1
                 else:
-                    pending[key] = (record.row, candidate)  # type: ignore[assignment]
-            places[record.row] = tuple(stored)
+                    plan.pending[key] = candidate
         except RowError as error:
-            problems.append(Problem(record.row, error.fault, str(error)))
-    if problems and broken == "error":
-        raise PreferenceError(dataset.source, problems, remedy)
-    failed = _encode(policy, pending, cache, like, resize, batch, progress)
-    for record in dataset.records:
-        if lost := [place for place in places.get(record.row, ()) if place in failed]:
-            problems.append(Problem(record.row, failed[lost[0]].fault, str(failed[lost[0]])))
-    kept = dataset.without(problems, broken, remedy)
-    records = tuple(replace(record, candidates=places[record.row]) for record in kept.records)
-    return Cached(PreferenceDataset(kept.source, records, kept.dropped), encoded=len(pending) - len(failed), found=found)
+            plan.problems.append(Problem(record.row, error.fault, str(error)))
+        else:
+            plan.places[record.row] = tuple(places)
+    return plan
 
 
-def _check(candidate: MediaFile | MediaCell, cache: _Cache, like: Callable[[], Media], resize: bool) -> str:
+def _check(candidate: MediaFile | MediaCell, cache: _Cache, size: _Size) -> str:
     """The candidate's key; its header is looked at unless its latents are there."""
     try:
         content = candidate.read()
     except OSError as error:
         raise RowError("missing file", f"{candidate.name}: {error}") from None
     key = cache.key(content)
-    if not cache.holds(key) and KINDS.get(candidate.suffix) == "image" and like().kind == "image":
-        check_header(content, candidate.name, like(), resize)
+    if not cache.holds(key) and KINDS.get(candidate.suffix) == "image" and size.like.kind == "image":
+        check_header(content, candidate.name, size.like, size.resize)
     return key
 
 
-def _encode(policy: MediaEncoder, pending: dict[str, tuple[int, MediaFile | MediaCell]], cache: _Cache, like: Callable[[], Media],
-            resize: bool, batch: int, progress: Callable[[int, int], None] | None) -> dict[StoredLatent, RowError]:
+def _encode(policy: MediaEncoder, pending: Mapping[str, MediaFile | MediaCell], cache: _Cache, size: _Size, batch: int,
+            progress: Callable[[int, int], None] | None) -> dict[StoredLatent, RowError]:
     """Encode what is pending; returns what could not be, and why."""
     failed: dict[StoredLatent, RowError] = {}
     keys = list(pending)
     for start in range(0, len(keys), batch):
         media: dict[str, Media] = {}
         for key in keys[start:start + batch]:
-            candidate = pending[key][1]
             try:
-                media[key] = fit(decode(candidate), like(), resize, candidate.name)
+                media[key] = fit(decode(pending[key]), size.like, size.resize, pending[key].name)
             except RowError as error:
                 failed[cache.place(key)] = error
         if media:
             latents = policy.encode_media(list(media.values())).detach().float().cpu()
             for key, latent in zip(media, latents, strict=True):
                 if not bool(torch.isfinite(latent).all()):
-                    failed[cache.place(key)] = RowError("unreadable", f"{pending[key][1].name}: its latents are not finite")
+                    failed[cache.place(key)] = RowError("unreadable", f"{pending[key].name}: its latents are not finite")
                 else:
                     cache.write(key, latent)
         if progress is not None:
             progress(min(start + batch, len(keys)), len(keys))
     return failed
+
+
+class _Size:
+    """What the pipeline makes, decoded once and only if something has to be encoded; and whether media of other sizes are fitted to it."""
+
+    def __init__(self, policy: MediaEncoder, resize: bool) -> None:
+        self.policy, self.resize = policy, resize
+
+    @cached_property
+    def like(self) -> Media:
+        return self.policy.decode(torch.zeros(1, *self.policy.latent_shape))[0]
+
+
+class _Keys:
+    """Keys of a data set's media by their stamps, kept in one file for the whole data set as it is."""
+
+    def __init__(self, folder: Path, identity: str, candidates: Sequence[Candidate]) -> None:
+        stamps = [candidate.stamp() for candidate in candidates if not isinstance(candidate, StoredLatent)]
+        self.stamps = list(dict.fromkeys(stamp for stamp in stamps if stamp is not None))
+        self.path = folder / (hashlib.sha256("\n".join([identity, *self.stamps]).encode()).hexdigest() + ".txt")
+        lines = self.path.read_text(encoding="ascii").splitlines() if self.path.is_file() else []
+        self.by_stamp = dict(zip(self.stamps, lines, strict=True)) if len(lines) == len(self.stamps) else {}
+        self.is_new = not self.by_stamp
+
+    def known(self, candidate: MediaFile | MediaCell) -> str | None:
+        """The key, if the data set's media are as they were when it was last encoded."""
+        stamp = candidate.stamp()
+        return None if stamp is None else self.by_stamp.get(stamp) or None
+
+    def learn(self, candidate: MediaFile | MediaCell, key: str) -> str:
+        if (stamp := candidate.stamp()) is not None:
+            self.by_stamp[stamp] = key
+        return key
+
+    def save(self) -> None:
+        """Keep what was learnt; media that could not be read stay unknown."""
+        if self.stamps and self.is_new:
+            write_lines(self.path, [self.by_stamp.get(stamp, "") for stamp in self.stamps])
 
 
 class _Cache:
@@ -178,63 +220,10 @@ class _Cache:
         if not path.is_file():
             return False
         try:
-            return _header(path)[0] == (1, *self.shape)
+            return header(path)[0] == (1, *self.shape)
         except (SafetensorError, OSError, KeyError) as error:
             logger.warning("%s is damaged (%s); encoding it again", path, error)
             return False
 
     def write(self, key: str, latent: Tensor) -> None:
         write_latents(self.place(key).path, latent[None], self.identity)
-
-
-def write_latents(path: Path, latents: Tensor, identity: str | None) -> None:
-    """Latents (n, *latent_shape) as a file that is complete or not there; ``identity`` says which pipeline can use them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        save_file({NAME: latents.detach().float().cpu().contiguous().clone()}, partial,
-                  metadata=None if identity is None else {"identity": identity})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_latents(candidates: Sequence[Candidate]) -> Tensor:
-    """The K candidates' latents, float32 (K, *latent_shape).
-
-    Raises:
-        ValueError: one of them is not stored as a latent, or its file is missing or damaged.
-    """
-    rows = []
-    for candidate in candidates:
-        if not isinstance(candidate, StoredLatent):
-            raise ValueError(f"{candidate.name} is a medium, not a latent; encode the data set first with cached_latents")
-        try:
-            with safe_open(candidate.path, framework="pt") as file:
-                rows.append(file.get_slice(NAME)[candidate.row:candidate.row + 1])
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{candidate.name}: cannot be read ({error}); run cached_latents again to make it anew") from error
-    return torch.cat(rows).float()
-
-
-def _check_stored(candidate: Candidate, shape: tuple[int, ...], identity: str) -> StoredLatent:
-    assert isinstance(candidate, StoredLatent)
-    try:
-        stored, made_by = _header(candidate.path)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise RowError("latents", f"{candidate.name}: not a readable file of latents ({error})") from None
-    if stored[1:] != shape:
-        raise RowError("latents", f"{candidate.name}: latents of shape {stored[1:]}, the pipeline's are {shape}")
-    if candidate.row >= stored[0]:
-        raise RowError("latents", f"{candidate.name}: the file has {stored[0]} rows, counted from 0")
-    if made_by is not None and made_by.removesuffix("+resize") != identity:
-        raise RowError("latents", f"{candidate.name}: latents of another pipeline (another VAE, size or scaling)")
-    return candidate
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], Any]:
-    """Shape of the stored latents, and the identity of the pipeline they are for, if the file says so."""
-    with safe_open(path, framework="pt") as file:
-        return tuple(file.get_slice(NAME).get_shape()), (file.metadata() or {}).get("identity")

@@ -1,11 +1,11 @@
 """The tables people publish preferences in, each as data: which columns hold what.
 
-| name | media | judgement |
+| format | media | judgement |
 |---|---|---|
-| pick_a_pic | ``jpg_0``, ``jpg_1``: encoded bytes | ``label_0``: 1 the first is better, 0 the second, 0.5 a tie |
+| pickapic | ``jpg_0``, ``jpg_1``: encoded bytes | ``label_0``: 1 the first is better, 0 the second, 0.5 a tie |
 | hpd | ``image_path`` or ``file_path``: a list of paths | ``human_preference``: 1 for the preferred one, or its index |
-| hpd_ranked | the same | ``rank``: places, 1 the best |
-| hpd_v3 | ``path1``, ``path2`` | the first is preferred |
+| hpd, its test set | the same | ``rank``: places, 1 the best |
+| hpd, version 3 | ``path1``, ``path2`` | the first is preferred |
 | align_anything | ``image_1``, ``image_2``; also ``video_``, ``audio_`` and ``_path`` | ``better_id`` or ``overall_...``: 1 or 2, 0 a tie |
 
 Sources: Pick-a-Pic, arXiv:2305.01569; HPDv2, arXiv:2306.09341; HPDv3, arXiv:2508.03789; Align-Anything, arXiv:2412.15838.
@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from visalign.preferences.records import RowError, as_scores, scores_of_choice, scores_of_ranking
+from visalign.preferences.judgements import as_scores, scores_of_choice, scores_of_ranking
+from visalign.preferences.records import RowError
 
 Row = Mapping[str, Any]
 
@@ -28,7 +29,6 @@ class Layout:
     """One layout.
 
     Attributes:
-        name: as in ``format``.
         signature: columns that tell it from the others.
         prompt: columns of the prompt, the first that is there counts.
         columns: columns that may hold media; those that are there do, in this order.
@@ -37,7 +37,6 @@ class Layout:
         suffix: of media kept as bytes.
     """
 
-    name: str
     signature: tuple[str, ...]
     prompt: tuple[str, ...]
     columns: tuple[str, ...]
@@ -51,9 +50,11 @@ class Layout:
         return list(given[0]) if len(given) == 1 and isinstance(given[0], list) else given
 
 
-def sniff(columns: Sequence[str]) -> Layout | None:
-    """The layout with these columns, if one is known."""
-    return next((layout for layout in LAYOUTS.values() if set(layout.signature) <= set(columns)), None)
+def sniff(columns: Sequence[str], format: str | None = None) -> Layout | None:
+    """The layout (of this format) with these columns, if one is known."""
+    known = [layout for name, layouts in FORMATS.items() if format in (None, name) for layout in layouts]
+    return next((layout for layout in known if layout.signature and set(layout.signature) <= set(columns)
+                 and any(column in columns for column in layout.columns)), None)
 
 
 def _pick_a_pic(row: Row, num: int) -> tuple[float, ...]:
@@ -97,15 +98,15 @@ _CHOICES = ("better_id", "overall_preference", "overall_response", "overall_imag
 
 def _align_anything(kind: str, path: str, suffix: str) -> Layout:
     columns = (f"{kind}_1{path}", f"{kind}_2{path}")
-    return Layout("align_anything" if (kind, path) == ("image", "") else f"align_anything_{kind}{path}", columns,
-                  ("prompt", "question", "prompt_text"), columns, _one_or_two, suffix=suffix)
+    return Layout(columns, ("prompt", "question", "prompt_text"), columns, _one_or_two, suffix=suffix)
 
 
-LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (
-    Layout("pick_a_pic", ("caption", "jpg_0", "jpg_1", "label_0"), ("caption",), ("jpg_0", "jpg_1"), _pick_a_pic, "user_id", ".jpg"),
-    Layout("hpd_v3", ("prompt", "path1", "path2"), ("prompt",), ("path1", "path2"), _first_is_better),
-    Layout("hpd", ("prompt", "human_preference"), ("prompt",), ("image_path", "file_path"), _hpd, "user_hash"),
-    Layout("hpd_ranked", ("prompt", "image_path", "rank"), ("prompt",), ("image_path", "file_path"), _hpd, "user_hash"),
-    *(_align_anything(kind, path, suffix) for kind, suffix in (("image", ".png"), ("video", ".mp4"), ("audio", ".wav"))
-      for path in ("", "_path")),
-)}
+_LISTS = ("image_path", "file_path")
+FORMATS: Mapping[str, tuple[Layout, ...]] = {
+    "pickapic": (Layout(("caption", "jpg_0", "jpg_1", "label_0"), ("caption",), ("jpg_0", "jpg_1"), _pick_a_pic, "user_id", ".jpg"),),
+    "hpd": (Layout(("prompt", "path1", "path2"), ("prompt",), ("path1", "path2"), _first_is_better),
+            Layout(("prompt", "human_preference"), ("prompt",), _LISTS, _hpd, "user_hash"),
+            Layout(("prompt", "rank"), ("prompt",), _LISTS, _hpd, "user_hash")),
+    "align_anything": tuple(_align_anything(kind, path, suffix) for path in ("", "_path")
+                            for kind, suffix in (("image", ".png"), ("video", ".mp4"), ("audio", ".wav"))),
+}

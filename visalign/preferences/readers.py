@@ -18,19 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from visalign.preferences.candidates import Candidate, MediaCell
 from visalign.preferences.jsonl import media_files, parse_prompt, parse_row, read_jsonl
-from visalign.preferences.layouts import LAYOUTS, Layout, sniff
-from visalign.preferences.records import (
-    Broken,
-    Candidate,
-    MediaCell,
-    PreferenceDataset,
-    PreferenceRecord,
-    Problem,
-    RowError,
-    Ties,
-    collect,
-)
+from visalign.preferences.layouts import FORMATS, Layout, sniff
+from visalign.preferences.records import Broken, PreferenceDataset, PreferenceRecord, Problem, RowError, Ties, collect
 
 INDEX = "preferences.jsonl"
 _READERS: Mapping[str, Callable[[Any, list[str]], Any]] = {
@@ -46,7 +37,7 @@ def load_preferences(source: str | Path, *, format: str | None = None, ties: Tie
     Files are looked for and judgements checked; media are opened when their latents are made (``latents.cached_latents``).
 
     Args:
-        format: "jsonl" or a layout's name; ``None`` recognises it by the columns.
+        format: "jsonl", "pickapic", "hpd" or "align_anything"; ``None`` recognises it by the columns.
         ties: judgements that prefer nothing: "error" reports them, "skip" leaves them out, "keep" keeps them.
         broken: any other row that cannot be used: "error" reports it, "skip" leaves it out and counts it.
         folder: what media paths are relative to; ``None`` for the folder of the source.
@@ -59,8 +50,8 @@ def load_preferences(source: str | Path, *, format: str | None = None, ties: Tie
     path = Path(source)
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    if format is not None and format != "jsonl" and format not in LAYOUTS:
-        raise ValueError(f"format '{format}': use jsonl, {', '.join(LAYOUTS)}")
+    if format is not None and format != "jsonl" and format not in FORMATS:
+        raise ValueError(f"format '{format}': use jsonl, {', '.join(FORMATS)}")
     path = path / INDEX if (path / INDEX).is_file() else path
     base = Path(folder) if folder is not None else path.parent
     if path.suffix == ".jsonl" and path.is_file() and format in (None, "jsonl"):
@@ -104,9 +95,6 @@ def _from_table(table: Any, source: str, folder: Path, format: str | None) -> It
     """Rows of a ``datasets.Dataset``; columns of media are not read."""
     layout = _layout(format, table.column_names, source)
     media = [column for column in layout.columns if column in table.column_names]
-    if not media:
-        raise ValueError(f"{source}: the layout {layout.name} needs the columns {', '.join(layout.columns)}; "
-                         f"it has {', '.join(table.column_names)}")
     table = _undecoded(table, media)
     binary = [column for column in media if _is_binary(table.features[column])]
     cells, light = {column: table.select_columns([column]) for column in binary}, table.remove_columns(binary)
@@ -114,7 +102,8 @@ def _from_table(table: Any, source: str, folder: Path, format: str | None) -> It
         try:
             candidates: tuple[Candidate, ...]
             if binary:
-                candidates = tuple(MediaCell(partial(_cell, cells[column], number, column), column, layout.suffix) for column in binary)
+                candidates = tuple(MediaCell(partial(_cell, cells[column], number, column), column, layout.suffix,
+                                             f"{table._fingerprint}|{number}|{column}") for column in binary)
             else:
                 candidates = media_files(layout.media(values), folder)
             yield _record(layout, values, candidates, folder, number)
@@ -131,9 +120,10 @@ def _record(layout: Layout, values: Mapping[str, Any], candidates: tuple[Candida
 
 
 def _layout(format: str | None, columns: Sequence[str], source: str) -> Layout:
-    found = sniff(columns) if format is None else LAYOUTS.get(format)
+    found = sniff(columns, format)
     if found is None:
-        known = "; ".join(f"{layout.name}: {', '.join(layout.signature)}" for layout in LAYOUTS.values())
+        known = "; ".join(f"{name}: {' or '.join(', '.join(layout.signature) for layout in layouts)}"
+                          for name, layouts in FORMATS.items() if format in (None, name))
         raise ValueError(f"{source}: no known layout has the columns {', '.join(columns)}. Known are {known}. "
                          "Write it as JSONL: {\"prompt\": ..., \"media\": [...], \"scores\": [...]}")
     return found

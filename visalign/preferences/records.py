@@ -6,13 +6,12 @@ Rows are counted from 0 in the order of the source, so that a message, a cache a
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, get_args
 
+from visalign.preferences.candidates import Candidate
 from visalign.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -21,72 +20,6 @@ Fault = Literal["tie", "missing file", "unreadable", "size", "empty prompt", "ju
 Ties = Literal["error", "skip", "keep"]
 Broken = Literal["error", "skip"]
 _MAX_SHOWN = 20
-
-
-@dataclass(frozen=True, slots=True)
-class MediaFile:
-    """A candidate in a file of its own."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
-
-    @property
-    def suffix(self) -> str:
-        return self.path.suffix.lower()
-
-    def read(self) -> bytes:
-        """The file's content.
-
-        Raises:
-            OSError: there is no such file, or it cannot be read.
-        """
-        return self.path.read_bytes()
-
-
-@dataclass(frozen=True, slots=True)
-class MediaCell:
-    """A candidate in a column of a table, read when it is needed: a large data set stays on disk.
-
-    Attributes:
-        cell: reads the cell: encoded bytes, ``{"bytes": ..., "path": ...}``, or nothing.
-        name: for messages, e.g. ``jpg_0``.
-        suffix: of the encoding, e.g. ``.jpg``.
-    """
-
-    cell: Callable[[], Any]
-    name: str
-    suffix: str
-
-    def read(self) -> bytes:
-        """The encoded bytes.
-
-        Raises:
-            FileNotFoundError: the cell is empty.
-        """
-        value = self.cell()
-        if isinstance(value, Mapping):
-            value = value.get("bytes") or (Path(value["path"]).read_bytes() if value.get("path") else None)
-        if not value:
-            raise FileNotFoundError(f"column {self.name} is empty")
-        return bytes(value)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredLatent:
-    """A candidate whose latents were kept: row ``row`` of the tensor ``latents`` (n, *latent_shape) of a safetensors file."""
-
-    path: Path
-    row: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.path}[{self.row}]"
-
-
-Candidate: TypeAlias = MediaFile | MediaCell | StoredLatent
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,42 +192,3 @@ def count_faults(problems: Iterable[Problem]) -> Counter[str]:
 def describe_faults(counts: Mapping[str, int]) -> str:
     """``3 tie, 1 unreadable``, the most frequent first."""
     return ", ".join(f"{count} {fault}" for fault, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])))
-
-
-# --- Judgements as scores, larger is better -------------------------------------------------------------------------------------
-
-
-def as_scores(values: Any, num: int, what: str) -> tuple[float, ...]:
-    """``num`` finite numbers.
-
-    Raises:
-        RowError: they are not.
-    """
-    if not isinstance(values, Sequence) or isinstance(values, str) or len(values) != num:
-        raise RowError("judgement", f"'{what}' needs one number per candidate, {num} of them, got {values!r}")
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        raise RowError("judgement", f"'{what}' needs finite numbers, got {list(values)!r}")
-    return tuple(float(value) for value in values)
-
-
-def scores_of_ranking(ranking: Any, num: int, what: str = "ranking") -> tuple[float, ...]:
-    """``ranking[k]`` is the place of candidate k, 1 the best; places may be shared or averaged. The score is its negative.
-
-    Raises:
-        RowError: not ``num`` numbers from 1 to ``num``.
-    """
-    places = as_scores(ranking, num, what)
-    if not all(1 <= place <= num for place in places):
-        raise RowError("judgement", f"'{what}' gives places from 1 (the best) to {num}, got {list(places)}")
-    return tuple(-place for place in places)
-
-
-def scores_of_choice(choice: int, num: int, what: str) -> tuple[float, ...]:
-    """1 for the candidate that was chosen (counted from 0), 0 for the others.
-
-    Raises:
-        RowError: there is no such candidate.
-    """
-    if not 0 <= choice < num:
-        raise RowError("judgement", f"'{what}' chooses candidate {choice} of {num}, counted from 0")
-    return tuple(float(k == choice) for k in range(num))
