@@ -9,7 +9,7 @@ import torch
 from open_clip.model import CLIP
 from PIL import Image
 
-from visalign.protocols import Reward
+from visalign.protocols import DifferentiableReward, Reward
 from visalign.rewards.clip import ClipScore
 from visalign.types import Media, Prompt
 
@@ -149,6 +149,26 @@ def test_video_is_refused_or_the_mean_over_evenly_spaced_frames(folder, clip):
     score = ClipScore(str(folder), video_frames=3).score([video], prompts(1), [0]).raw
     frames = [clip.score(media(video.data[i:i + 1]), prompts(1), [0]).raw for i in (0, 4, 8)]
     torch.testing.assert_close(score, torch.cat(frames).mean(0, keepdim=True), atol=1e-6, rtol=0)
+
+
+def test_the_tensor_path_is_a_differentiable_reward_of_images_and_of_video(folder):
+    clip = ClipScore(str(folder), video_frames=3)
+    assert isinstance(clip, DifferentiableReward)
+    assert clip.spec.differentiable
+    video = torch.stack([smooth_images(9, seed=0), smooth_images(9, seed=1)])
+    pil = clip.score([Media("video", one, rate=8.0) for one in video], prompts(2), [0, 1]).raw
+    pixels = (video.float() / 255).requires_grad_()
+    tensor = clip.score_tensor(pixels, prompts(2))
+    torch.testing.assert_close(tensor.detach(), pil, atol=1e-3, rtol=0)
+    (gradient,) = torch.autograd.grad(tensor[0], pixels)
+    moved = gradient.abs().amax(dim=(-3, -2, -1)) > 0
+    assert moved.tolist() == [[frame in (0, 4, 8) for frame in range(9)], [False] * 9]
+
+
+def test_without_a_resize_the_tensor_path_has_no_rounding_to_differ_by(clip):
+    images = smooth_images(4, 32, 32)
+    pil = clip.score(media(images), prompts(4), range(4)).raw
+    torch.testing.assert_close(clip.score_tensor(images.float() / 255, prompts(4)), pil, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("num_words", "cut"), [(75, False), (76, True), (300, True)])
