@@ -23,7 +23,7 @@ instead of its timestep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -184,9 +184,9 @@ class RewardGradient:
             prediction = policy.predict(x, step, conditioning)
             return transition_mean(prediction, transition), prediction.velocity
 
-        run: Callable[[Tensor], tuple[Tensor, Tensor]] = forward
-        if self.recompute:
-            run = lambda x: checkpoint(forward, x, use_reentrant=False)  # noqa: E731
+        def run(x: Tensor) -> tuple[Tensor, Tensor]:
+            return checkpoint(forward, x, use_reentrant=False) if self.recompute else forward(x)  # type: ignore[no-any-return]
+
         after, velocity = run(state)
         if not self.needs_reference:
             return after, velocity.new_zeros(len(velocity))
