@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from visalign import playground, scoring
 from visalign.cli import app
 from visalign.commands import pairs as command
+from visalign.config import dump_config, load_config
 from visalign.media import load_media
 from visalign.preferences import cached_latents, load_preferences
 from visalign.preferences.groups import GroupFolder
@@ -50,6 +51,18 @@ def policy() -> PipelinePolicy:
 
 def rows(out: Path, name: str = "preferences.jsonl") -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text(encoding="utf-8").splitlines()]
+
+
+def trained_adapter(folder: Path) -> PipelinePolicy:
+    """A policy whose adapter is far from nothing, and is written to the folder."""
+    trained = PipelinePolicy(playground.load_pipeline(), CALL)
+    trained.roles.add_lora(rank=2)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trained.named_trainable().values():
+            parameter.normal_(std=0.1, generator=generator)
+    trained.save_adapter(folder)
+    return trained
 
 
 def test_one_pair_per_prompt_with_its_files_scores_and_seeds(whole):
@@ -160,12 +173,7 @@ def test_no_pair_at_all_is_an_error_that_keeps_the_samples(whole, tmp_path):
 
 
 def test_an_adapter_is_sampled_with_and_its_content_counts(policy, whole, tmp_path):
-    trained = PipelinePolicy(playground.load_pipeline(), CALL)
-    trained.roles.add_lora(rank=2)
-    with torch.no_grad():
-        for parameter in trained.named_trainable().values():
-            parameter.normal_(std=0.1)
-    trained.save_adapter(tmp_path / "adapter")
+    trained = trained_adapter(tmp_path / "adapter")
     result = pairs(tmp_path / "out", "--adapter", str(tmp_path / "adapter"), prompts=PROMPTS[:1])
     assert result.exit_code == 0, result.output + result.stderr
     dataset = load_preferences(tmp_path / "out")
@@ -179,6 +187,21 @@ def test_an_adapter_is_sampled_with_and_its_content_counts(policy, whole, tmp_pa
         next(iter(trained.named_trainable().values())).add_(1)
     trained.save_adapter(tmp_path / "adapter")
     assert "adapter" in pairs(tmp_path / "out", "--adapter", str(tmp_path / "adapter"), prompts=PROMPTS[:1]).stderr
+
+
+def test_a_runs_folder_stands_for_its_model_call_and_adapter(tmp_path):
+    run = tmp_path / "run"
+    trained_adapter(run / "adapter")
+    call = "{" + ", ".join(f"{key}: {value}" for key, value in CALL.items()) + "}"
+    config = load_config("quickstart", [f"model.call={call}", "model.eval_call={num_inference_steps: 3}"])
+    (run / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    result = visalign("pairs", run, "-p", PROMPTS[0], "-r", "jpeg_compressibility", "--group-size", SIZE, "--out", tmp_path / "of-run")
+    assert result.exit_code == 0, result.output + result.stderr
+    words = [f"{key}={value}" for key, value in {**CALL, "num_inference_steps": 3}.items()]
+    same = visalign("pairs", "playground:pipeline", "-p", PROMPTS[0], "-r", "jpeg_compressibility", "--group-size", SIZE, "--adapter",
+                    run / "adapter", "--out", tmp_path / "of-adapter", *words)
+    assert same.exit_code == 0, same.output + same.stderr
+    assert rows(tmp_path / "of-run") == rows(tmp_path / "of-adapter")
 
 
 @pytest.mark.parametrize(("words", "message"), [
