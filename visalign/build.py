@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,9 +19,12 @@ from visalign.distributed import Processes
 from visalign.maths.seeds import derive_seed
 from visalign.parts import Parts
 from visalign.plugins import load_reward
-from visalign.protocols import Reward, SetReward
+from visalign.preferences import PreferenceDataset, cached_latents, load_preferences
+from visalign.protocols import RecordedScores, Reward, Sampler, SetReward
 from visalign.samplers.dynamics import build_dynamics
+from visalign.samplers.identity import pipeline_identity
 from visalign.samplers.policy import PipelinePolicy
+from visalign.samplers.replay import SCORE, ReplaySampler
 from visalign.samplers.rollout import TrajectorySampler
 from visalign.samplers.steps import build_selection
 from visalign.types import Prompt
@@ -34,13 +38,17 @@ def build(config: Config, processes: Processes) -> Parts:
     Raises:
         ValueError: a name, a path or a combination in the configuration does not work out.
     """
-    prompts, eval_prompts = build_prompts(config)
-    sampler = build_sampler(config)
+    dataset = read_preferences(config)
+    prompts, eval_prompts = build_prompts(config, dataset)
+    sampler: Sampler = build_sampler(config)
     terms, guards = build_rewards(config)
     algorithm = build_algorithm(config, terms)
     # One seed for all processes: every one of them must draw the same adapter.
     checkpoint.seed_everything(derive_seed(config.train.seed, 0))
     policy = build_policy(config, processes, probe=prompts[0])
+    if dataset is not None:
+        dataset = encode_preferences(config, policy, dataset)
+        prompts, sampler = dataset.prompts, ReplaySampler(dataset, microbatch=config.train.microbatch)
     checkpoint.seed_everything(derive_seed(config.train.seed, 1, processes.rank))
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
     train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
@@ -48,9 +56,41 @@ def build(config: Config, processes: Processes) -> Parts:
                  terms=terms, guards=guards, prompts=prompts, eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
 
 
-def build_prompts(config: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+def read_preferences(config: Config) -> PreferenceDataset | None:
+    """The judgements of ``data.preferences``, if the run learns from some; nothing is decoded yet.
+
+    Raises:
+        ValueError: rows that cannot be used, or another number of candidates than ``train.group_size``.
+    """
+    settings = config.data.preferences
+    if settings is None:
+        return None
+    dataset = load_preferences(settings.path, format=settings.format, ties=settings.ties, broken=settings.broken, split=settings.split,
+                               limit=settings.limit)
+    logger.info("%s: %s", settings.path, dataset.summary())
+    if dataset.num_candidates != config.train.group_size:
+        raise ValueError(f"{settings.path} compares {dataset.num_candidates} candidates, train.group_size is {config.train.group_size}; "
+                         f"set train.group_size={dataset.num_candidates}")
+    return dataset
+
+
+def encode_preferences(config: Config, policy: PipelinePolicy, dataset: PreferenceDataset) -> PreferenceDataset:
+    """The same judgements with the latents of every candidate, encoded once and kept."""
+    settings = config.data.preferences
+    assert settings is not None, "read_preferences gave a data set"
+    folder = Path(settings.cache).expanduser() if settings.cache else Path.home() / ".cache" / "visalign" / "latents"
+    cached = cached_latents(policy, dataset, folder, identity=pipeline_identity(policy), resize=settings.resize, broken=settings.broken)
+    logger.info("%d latents encoded, %d found in %s", cached.encoded, cached.found, folder)
+    return cached.dataset
+
+
+def build_prompts(config: Config, dataset: PreferenceDataset | None = None) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
     """Training and evaluation prompts; without ``data.eval_prompts`` a run is evaluated on its first training prompts."""
-    prompts = [] if config.data.prompts is None else load_prompts(config.data.prompts)
+    if config.data.prompts is not None:
+        prompts = load_prompts(config.data.prompts)
+    else:
+        assert dataset is not None, "a run has prompts or a preference data set"
+        prompts = dataset.prompts
     eval_prompts = prompts if config.data.eval_prompts is None else load_prompts(config.data.eval_prompts)
     if len(eval_prompts) < config.evaluation.num_prompts:
         raise ValueError(f"evaluation.num_prompts is {config.evaluation.num_prompts}, but there are {len(eval_prompts)} evaluation "
@@ -68,11 +108,15 @@ def build_sampler(config: Config) -> TrajectorySampler:
 
 
 def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward]]:
-    """Rewards trained on and rewards watched, each under a name of its own: the second "clip" is called "clip_2"."""
+    """Rewards trained on and rewards watched, each under a name of its own: the second "clip" is called "clip_2".
+
+    A run on a preference data set has one term, the scores recorded there."""
     loaded = {name: (entry, load(entry)) for name, entry in unique_names([*config.rewards, *config.guards]).items()}
     terms = [RewardTerm(name=name, reward=reward, weight=entry.weight, required=entry.required)
              for name, (entry, reward) in loaded.items() if isinstance(entry, RewardConfig)]
     guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig) and isinstance(reward, Reward)}
+    if config.data.preferences is not None:
+        terms = [RewardTerm(name=SCORE, reward=RecordedScores())]
     return terms, guards
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from visalign.maths.advantages import AdvantageRule, group_advantages
-from visalign.protocols import Reward, SetReward
+from visalign.protocols import RecordedScores, Reward, SetReward
 from visalign.types import Scores
 
 
@@ -38,7 +38,7 @@ class RewardTerm:
     """
 
     name: str
-    reward: Reward | SetReward
+    reward: Reward | SetReward | RecordedScores
     weight: float = 1.0
     required: bool = True
     shift: float = 0.0
@@ -54,6 +54,11 @@ class RewardTerm:
     def standardise(self, scores: Scores) -> Tensor:
         """``(value - shift) / scale``, float64 (n,), NaN where invalid."""
         return (scores.value.double() - self.shift) / self.scale
+
+
+def asked(terms: Sequence[RewardTerm]) -> dict[str, Reward | SetReward]:
+    """The rewards that score new samples, by name; recorded scores come with theirs."""
+    return {term.name: term.reward for term in terms if not isinstance(term.reward, RecordedScores)}
 
 
 def judge_sets(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group_id: Tensor) -> dict[str, Scores]:

@@ -49,8 +49,8 @@ def check_first_update(maxima: Mapping[str, float], *, iteration: int, dtype: st
     gap, ratio = maxima.get("policy/output_gap", 0.0), maxima.get("policy/ratio_deviation", 0.0)
     if iteration == 0 and (error := maxima.get("policy/error_gap", 0.0)) > 1e-6:
         raise InvariantError(f"the errors of policy and reference differ by {error:.2e} (relative) before the first update; they "
-                             "must be equal, or every margin starts wrong. The reference is not the model that the run starts from, or the two run in "
-                             "different precision or with dropout")
+                             "must be equal, or every margin starts wrong. The reference is not the model that the run starts from, or the "
+                             "two run in different precision or with dropout")
     allowed = ratio_tolerance(dtype, num_dims)
     if gap > OUTPUT_TOLERANCE[dtype]:
         raise InvariantError(f"iteration {iteration}: before any update the model's outputs differ by {gap:.2e} (relative) between "

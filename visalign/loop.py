@@ -17,7 +17,7 @@ from torch import Tensor
 
 from visalign import checkpoint, invariants, scoring
 from visalign.config import Config
-from visalign.credit import CircuitBreaker, Credit, assign_credit, judge_sets
+from visalign.credit import CircuitBreaker, Credit, asked, assign_credit, judge_sets
 from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
@@ -84,7 +84,7 @@ class Loop:
         if parts.algorithm.needs_reference and not parts.policy.has_role("reference"):
             raise ValueError("the algorithm compares with a reference (kl_weight > 0, or a loss that needs one), and the policy has none; "
                              "train an adapter, or use kl_weight 0 and a loss without reference")
-        trained = {term.name: term.reward for term in parts.terms}
+        trained = asked(parts.terms)
         scoring.admit(trained, parts.prompts)
         scoring.admit({**trained, **parts.guards}, parts.eval_prompts)
         trainable = parts.policy.named_trainable()
@@ -141,7 +141,7 @@ class Loop:
             for part in trajectory.x_final.split(self.geometry.microbatch):
                 media += self.parts.policy.decode(part.to(self.processes.device), prompts[len(media):len(media) + len(part)])
                 self.callback.on_phase("score", len(media), trajectory.num_samples)
-        return scoring.score({term.name: term.reward for term in self.parts.terms}, media, prompts, trajectory.group_id.tolist())
+        return scoring.score(asked(self.parts.terms), media, prompts, trajectory.group_id.tolist())
 
     def credit(self, trajectory: Trajectory, scores: Mapping[str, Scores]) -> tuple[Experience, Credit]:
         """Advantages from the statistics of all processes' samples; this process keeps its own rows."""

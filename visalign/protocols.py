@@ -163,6 +163,13 @@ class PairwiseReward(Protocol):
         """Probability that the first of each pair is better, in the order given (callers swap the order themselves)."""
 
 
+@dataclass(frozen=True)
+class RecordedScores:
+    """Stands for the scores that a preference data set holds; nothing can be asked."""
+
+    spec: RewardSpec = RewardSpec(name="preference", modality=frozenset({"image", "video", "audio", "mesh"}))
+
+
 @runtime_checkable
 class DifferentiableReward(Protocol):
     """A reward with gradients to the media; ``spec.differentiable`` is true."""

@@ -20,7 +20,7 @@ from visalign.commands import quiet_libraries
 from visalign.commands.pipelines import call_arguments, check_call, load_pipeline
 from visalign.commands.score import parse_reward
 from visalign.config import RewardConfig, load_config
-from visalign.credit import RewardTerm
+from visalign.credit import RewardTerm, asked
 from visalign.data import load_prompts
 from visalign.maths.preference_selection import Agreement
 from visalign.maths.seeds import derive_seed
@@ -59,7 +59,7 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
     if group_size < 2 or batch < 1:
         raise ValueError(f"--group-size must be at least 2 and --batch at least 1, got {group_size} and {batch}")
     terms = build_terms(rewards)
-    named = {term.name: term.reward for term in terms}
+    named = asked(terms)
     scoring.admit(named, prompts)
     select(wanted, [], terms, seed)  # complains before anything is drawn
     arguments: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def draw(policy: PipelinePolicy, identity: str | None, folder: GroupFolder, grou
     for part in latents.split(batch):
         media += policy.decode(part, [prompt] * len(part))
     usable = torch.isfinite(latents.flatten(1)).all(dim=1).tolist()
-    scores = scoring.score({term.name: term.reward for term in terms}, media, [prompt] * size, [0] * size)
+    scores = scoring.score(asked(terms), media, [prompt] * size, [0] * size)
     (folder.path / MEDIA).mkdir(exist_ok=True)
     files = [save_media(one, folder.path / MEDIA / f"{group:06d}-{k:02d}") for k, one in enumerate(media)]
     found = scored_group(group, prompt, seeds, [f"{MEDIA}/{file.name}" for file in files], scores, usable)
