@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from visalign.algorithms.awm import AWM
 from visalign.algorithms.grpo import GRPO
+from visalign.algorithms.nft import NFT
 from visalign.algorithms.preference import PreferenceOptimisation
+from visalign.algorithms.reward_gradient import RewardGradient
+from visalign.algorithms.self_npo import SelfNpo
 from visalign.assemble import assemble
 from visalign.config import Config, GrpoConfig
 from visalign.credit import RewardTerm
 from visalign.maths.preference import bind_loss
 from visalign.protocols import Algorithm
+from visalign.samplers.inversion import Inversion
 from visalign.settings import ConfigError, did_you_mean
 
 Terms = Sequence[RewardTerm]
@@ -43,8 +48,19 @@ def _preference(params: dict[str, Any], terms: Terms) -> Algorithm:
         bound = bind_loss(named["name"], **{key: value for key, value in named.items() if key != "name"})
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError([f"algorithm.loss: {error}"], "the section algorithm") from None
-    given: dict[str, Any] = {"preference_loss": bound, "invert": None}
-    return assemble(PreferenceOptimisation, params, "algorithm", given)
+    inversion = params.pop("inversion", None)
+    invert = None if inversion is None else assemble(Inversion, inversion, "algorithm.inversion")
+    return assemble(PreferenceOptimisation, params, "algorithm", {"preference_loss": bound, "invert": invert})
 
 
-ALGORITHMS: Mapping[str, Builder] = {"preference": _preference}
+def _reward_gradient(params: dict[str, Any], terms: Terms) -> Algorithm:
+    return assemble(RewardGradient, params, "algorithm", {"terms": [(term.name, term.weight, term.reward) for term in terms]})
+
+
+ALGORITHMS: Mapping[str, Builder] = {
+    "preference": _preference,
+    "nft": lambda params, terms: assemble(NFT, params, "algorithm"),
+    "awm": lambda params, terms: assemble(AWM, params, "algorithm"),
+    "self_npo": lambda params, terms: assemble(SelfNpo, params, "algorithm"),
+    "reward_gradient": _reward_gradient,
+}
