@@ -47,6 +47,10 @@ def test_another_scaling_is_another_pipeline():
     assert pipeline_identity(PipelinePolicy(other, one.call)) != pipeline_identity(captured("Stable Diffusion 3"))
 
 
+def test_pipelines_in_pixel_space_are_told_by_their_class_and_shape():
+    assert pipeline_identity(captured("DDPM")) == pipeline_identity(captured("DDPM")) != pipeline_identity(captured("DDIM"))
+
+
 def media(policy, num, seed=0):
     """Random media as this pipeline makes them."""
     like = policy.decode(torch.zeros(1, *policy.latent_shape))[0]

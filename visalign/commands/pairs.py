@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,11 @@ from visalign.preferences.groups import LATENTS, MEDIA, Choice, GroupFolder, Sco
 from visalign.preferences.jsonl import write_lines
 from visalign.preferences.readers import INDEX
 from visalign.preferences.stored import write_latents
+from visalign.protocols import SetReward
 from visalign.samplers.identity import pipeline_identity
-from visalign.samplers.observe import CaptureError
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import generate
 from visalign.types import Media, Prompt
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
         pipeline = load_pipeline(model, dtype, device, adapter)
         check_call(pipeline, arguments)
         policy = PipelinePolicy(pipeline, arguments, probe=prompts[0])
-        identity = identity_of(policy)
+        identity = pipeline_identity(policy)
         todo = range(len(groups), len(prompts))
         try:
             for group in track(todo, description="pairs", console=console, disable=not console.is_terminal):
@@ -103,13 +100,21 @@ def select(wanted: Wanted, groups: Sequence[ScoredGroup], terms: Sequence[Reward
 
 
 def build_terms(rewards: Sequence[str]) -> list[RewardTerm]:
-    """Rewards with their weights, each under a name of its own."""
+    """Rewards with their weights, each under a name of its own.
+
+    Raises:
+        ValueError: one judges sets of samples, which prefers no sample of a prompt to another.
+    """
     entries = unique_names([parse_reward(text) for text in rewards])
-    return [RewardTerm(name=name, reward=load(entry), weight=entry.weight, required=entry.required)
-            for name, entry in entries.items() if isinstance(entry, RewardConfig)]
+    terms = [RewardTerm(name=name, reward=load(entry), weight=entry.weight, required=entry.required)
+             for name, entry in entries.items() if isinstance(entry, RewardConfig)]
+    if sets := [term.name for term in terms if isinstance(term.reward, SetReward)]:
+        raise ValueError(f"{', '.join(sets)} judges a set of samples as a whole and makes no pairs; use rewards of samples here, and "
+                         "set-level rewards in visalign train")
+    return terms
 
 
-def draw(policy: PipelinePolicy, identity: str | None, folder: GroupFolder, group: int, prompt: Prompt, terms: Sequence[RewardTerm],
+def draw(policy: PipelinePolicy, identity: str, folder: GroupFolder, group: int, prompt: Prompt, terms: Sequence[RewardTerm],
          size: int, seed: int, batch: int) -> ScoredGroup:
     """One group: sampled, decoded, scored and written."""
     seeds = [derive_seed(seed, group, k) for k in range(size)]
@@ -125,15 +130,6 @@ def draw(policy: PipelinePolicy, identity: str | None, folder: GroupFolder, grou
     write_latents(folder.path / LATENTS / Path(found.latents).name, latents, identity)
     folder.append(found)
     return found
-
-
-def identity_of(policy: PipelinePolicy) -> str | None:
-    """Which other pipelines may use the latents; not known where the pipeline has no encoder."""
-    try:
-        return pipeline_identity(policy)
-    except CaptureError as error:
-        logger.warning("the latents do not say which pipelines can use them: %s", error)
-        return None
 
 
 def adapter_digest(adapter: Path | None) -> str | None:
