@@ -214,7 +214,8 @@ def test_a_runs_folder_stands_for_its_model_call_and_adapter(tmp_path):
     (["-p", "a red circle", "-r", "captions", "--per-prompt", "0"], "per_prompt must be at least 1"),
     (["-p", "a red circle", "-r", "captions", "--adapter", "gone"], "adapter 'gone': no such folder"),
     (["-p", "a red circle", "-r", "nothing_like_it"], "nothing_like_it"),
-    (["-p", "a red circle", "-r", "{name: vendi, params: {encoder: {reward: clip, model: playground:clip}}}"], "vendi judges a set of samples as a whole"),
+    (["-p", "a red circle", "-r", "{name: vendi, params: {encoder: {reward: clip, model: playground:clip}}}"],
+     "vendi judges a set of samples as a whole"),
 ])
 def test_wrong_calls_are_explained_before_anything_is_loaded(tmp_path, monkeypatch, words, message):
     monkeypatch.setattr(command, "load_pipeline", lambda *given: pytest.fail("the model was loaded"))
