@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visalign.maths.renoise import training_fraction
 from visalign.protocols import Policy, TrainingTimes
 from visalign.types import Prediction
 
@@ -82,9 +83,7 @@ def inversion_grid(times: TrainingTimes, timesteps: Tensor, num_steps: int) -> T
 
     Between the ends they are timesteps the network was trained on (entries of its table, where it has one).
     """
-    ends = times.timestep(torch.tensor([0.0, 1.0], dtype=torch.float64))
-    last = timesteps.detach().to("cpu", torch.float64)
-    fraction = (last - ends[0]) / (ends[1] - ends[0])
+    last, fraction = timesteps.detach().to("cpu", torch.float64), training_fraction(times, timesteps)
     inner = [times.timestep(fraction * step / num_steps).minimum(last) for step in range(num_steps)]
     return torch.stack([*inner, last])
 
