@@ -149,8 +149,8 @@ def record(name: str, arguments: argparse.Namespace, measured: dict[str, Any]) -
     """Append one row and print it."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     row = {"op": "inversion", "method": name, "samples": arguments.samples, **measured,
-           "hardware": f"{arguments.device}, {platform.machine()}, 1 thread", "torch": torch.__version__, "diffusers": diffusers.__version__,
-           "model": Path(arguments.model).name, "commit": commit, "date": date.today().isoformat()}
+           "hardware": f"{arguments.device}, {platform.machine()}, 1 thread", "torch": torch.__version__,
+           "diffusers": diffusers.__version__, "model": Path(arguments.model).name, "commit": commit, "date": date.today().isoformat()}
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row))
