@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from scripts.tiny_families import by_name
 from visalign import loop
 from visalign.algorithms.noising import Times
 from visalign.algorithms.self_npo import SelfNpo
@@ -15,6 +16,7 @@ from visalign.maths.oracle import GaussianWorld
 from visalign.maths.renoise import pseudo_huber, renoise, training_fraction
 from visalign.maths.schedules import flow_schedule, scaled_linear_alphas_cumprod
 from visalign.samplers.oracle_policy import GaussianPolicy
+from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.times import SchedulerTimes
 from visalign.types import Batch, Experience, Prediction, Prompt, Trajectory
 
@@ -270,3 +272,24 @@ def test_a_killed_run_resumes_with_the_same_numbers(tmp_path, monkeypatch):
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SelfNpo(**options)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 1.5", "Stable Diffusion 3"])
+def test_captured_pipelines_learn_it(name):
+    """Tables of timesteps and flow alike: before the first update the student is its teacher; gradients reach the adapter."""
+    family = by_name(name)
+    policy = PipelinePolicy.from_pipeline(family.build(), **{**family.call, "num_inference_steps": 4, "guidance_scale": 1.0})
+    policy.roles.add_lora(rank=2)
+    algorithm, whole = SelfNpo(teacher_guidance=-1.0), batch(3, prompts=(Prompt("a"), Prompt("b"), Prompt("c")))
+    x_final = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    whole = replace(whole, experience=replace(whole.experience, trajectory=replace(whole.experience.trajectory, x_final=x_final)))
+    part = only(algorithm, policy, whole)
+    made = algorithm.truncate(policy, part)
+    assert bool((made.timesteps >= made.stopped).all())
+    with torch.no_grad():
+        reference = policy.predict_at(made.x, made.timesteps, made.conditioning, "reference").x0
+    terms = algorithm.loss(policy, part)
+    expected = pseudo_huber(reference - made.x0_hat, 1e-3).mean()
+    assert float(terms.loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+    terms.loss.backward()
+    assert any(parameter.grad is not None and float(parameter.grad.abs().max()) > 0 for parameter in policy.named_trainable().values())
