@@ -10,6 +10,7 @@ from torch import Tensor
 
 from visalign.samplers.sites import Site
 from visalign.samplers.slots import Path, join_rows
+from visalign.samplers.users import Mixture
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Family:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """One prompt's conditioning, as the pipeline prepared it: per site, the rows of its per-sample arguments."""
+    """One prompt's conditioning, as the pipeline prepared it: per site, the rows of its per-sample arguments; and whose taste it is for."""
 
     rows: tuple[dict[Path, list[Any]], ...]
     family: Family
+    user: Mixture = ()
 
 
 class PipelineConditioning:

@@ -11,6 +11,7 @@ from torch import Tensor
 from visalign.samplers.capture import Capture, StepPlan
 from visalign.samplers.conditioning import PipelineConditioning
 from visalign.samplers.observe import CaptureError, Observer
+from visalign.samplers.roles import Roles
 from visalign.samplers.sites import Site, batch_rows
 from visalign.samplers.slots import Path, fill_in, join_rows, split_rows
 
@@ -22,10 +23,11 @@ class Denoise:
         observer: holds the modules.
         capture: what was observed.
         device: where the denoisers are.
+        roles: whether users condition the denoisers.
     """
 
-    def __init__(self, observer: Observer, capture: Capture, device: torch.device) -> None:
-        self.observer, self.capture, self.device = observer, capture, device
+    def __init__(self, observer: Observer, capture: Capture, device: torch.device, roles: Roles) -> None:
+        self.observer, self.capture, self.device, self.roles = observer, capture, device, roles
         self._scale_offset: dict[int, float | None] = {}
         self._takes_times: dict[int, bool] = {}
 
@@ -43,7 +45,8 @@ class Denoise:
         for index, scale in zip(plan.sites, scales, strict=True):
             site = self.capture.sites[index]
             arguments = self._arguments(index, site, x, scale, timesteps, conditioning, members, outputs)
-            returned = self.observer.modules[site.module](**arguments)
+            with self.roles.given_users([conditioning.prompts[member].user for member in members], site.copies, site.order):
+                returned = self.observer.modules[site.module](**arguments)
             outputs.append([leaf for leaf in torch.utils._pytree.tree_leaves(returned) if isinstance(leaf, Tensor)])
             if site.output is not None:
                 found += [row.reshape(x.shape).float() for row in batch_rows(site, returned, x.shape[0])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
@@ -22,6 +23,8 @@ from visalign.samplers.observe import CaptureError, Observer
 from visalign.samplers.roles import Roles
 from visalign.samplers.slots import leaves, split_rows
 from visalign.samplers.times import SchedulerTimes, fit_times
+from visalign.samplers.user_attention import UserAttention, text_readers
+from visalign.samplers.users import UserTable, mixture_of
 from visalign.types import Media, Prediction, Prompt, Role, Schedule
 
 PROBE = Prompt("a photo of a dog")
@@ -56,7 +59,7 @@ class PipelinePolicy:
         self.codec = Codec(self.observer, self.call, self.capture, probe, rate)
         self._encoded: dict[Any, EncodedPrompt] = {}
         self._families: list[Family] = []
-        self.denoise = Denoise(self.observer, self.capture, self.device)
+        self.denoise = Denoise(self.observer, self.capture, self.device, self.roles)
 
     @classmethod
     def from_pipeline(cls, pipe: Any, *, probe: Prompt = PROBE, **call: Any) -> PipelinePolicy:
@@ -95,8 +98,30 @@ class PipelinePolicy:
         return fit_times(self.capture.scheduler, self.capture.fit)
 
     def encode(self, prompts: Sequence[Prompt]) -> PipelineConditioning:
-        """One row per prompt. Each distinct prompt runs the pipeline up to its first denoiser calls, once."""
-        return PipelineConditioning([self._encode(prompt) for prompt in prompts])
+        """One row per prompt. Each distinct prompt runs the pipeline up to its first denoiser calls, once.
+
+        Raises:
+            ValueError: a prompt's user is unknown to a policy with users.
+        """
+        return PipelineConditioning([self._for_user(self._encode(prompt), prompt) for prompt in prompts])
+
+    def _for_user(self, encoded: EncodedPrompt, prompt: Prompt) -> EncodedPrompt:
+        """With the prompt's user, where users condition this policy; elsewhere a user is metadata like any other."""
+        if self.roles.users is None or not (mixture := mixture_of(prompt)):
+            return encoded
+        self.roles.users.table.check(mixture)
+        return replace(encoded, user=mixture)
+
+    def add_users(self, table: UserTable, strength: float = 1.0) -> None:
+        """Condition the denoisers on prompts' users, beside an adapter (choose it first) or alone; see `visalign.samplers.user_attention`.
+
+        Raises:
+            ValueError: users were added already, or no attention module can take them.
+        """
+        firsts = {plan.sites: step for step, plan in reversed(list(enumerate(self.capture.plans)))}
+        x, conditioning = self.initial_latents([0]), self.encode([self.probe])
+        readers = text_readers(self.denoisers, lambda: [self.predict(x, step, conditioning) for step in sorted(firsts.values())])
+        self.roles.add_users(UserAttention(self.denoisers, readers, table, strength))
 
     def _encode(self, prompt: Prompt) -> EncodedPrompt:
         key = (prompt.text, prompt.negative, prompt.images)
@@ -283,7 +308,7 @@ class PipelinePolicy:
                 raise ValueError(
                     f"{name} ({type(module).__name__}) does not support gradient checkpointing; set train.gradient_checkpointing=false"
                 )
-            module.enable_gradient_checkpointing()  # type: ignore[operator]
+            module.enable_gradient_checkpointing(self.roles.recompute)  # type: ignore[operator]
 
     def save_adapter(self, folder: FilePath) -> None:
         """Write what was trained in the form plain diffusers loads; ``loading.json`` holds the line that loads each component."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from visalign.samplers.slots import Order
+from visalign.samplers.user_attention import UserAttention
+from visalign.samplers.users import Mixture
 from visalign.types import Role
 
 # Attention projections under the names diffusers gives them, joint (add_*) ones included: the targets of Flow-GRPO, arXiv:2505.05470.
@@ -34,6 +38,7 @@ class Roles:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = dict(modules)
         self.mode: str | None = None
+        self.users: UserAttention | None = None
         self._snapshots: dict[str, dict[str, Tensor]] = {}
         for module in self.modules.values():
             module.requires_grad_(False)
@@ -71,17 +76,44 @@ class Roles:
             module.requires_grad_(True)
         self.snapshot("reference", offload=offload_reference)
 
+    def add_users(self, users: UserAttention) -> None:
+        """Train attention to users, beside an adapter or alone. The reference is without it.
+
+        Raises:
+            ValueError: there are users already.
+        """
+        if self.users is not None:
+            raise ValueError("the policy has users already; build a new policy for other users")
+        self.users = users
+        added = {f"users.{key}": parameter for key, parameter in users.named_parameters() if parameter.requires_grad}
+        for kept in self._snapshots.values():
+            kept.update({name: parameter.detach().clone() for name, parameter in added.items()})
+
+    def given_users(self, mixtures: Sequence[Mixture], copies: int, order: Order) -> AbstractContextManager[None]:
+        """Inside, denoiser calls are for these users, see `UserAttention.given`."""
+        return nullcontext() if self.users is None else self.users.given(mixtures, copies, order)
+
+    def recompute(self, module: nn.Module, *inputs: Any) -> Any:
+        """Gradient checkpointing of a module whose second forward pass is for the users of the first."""
+        function = module.__call__ if self.users is None else self.users.recomputing(module.__call__)
+        return checkpoint(function, *inputs, use_reentrant=False)
+
     def named_trainable(self) -> dict[str, nn.Parameter]:
         """The trained tensors by stable name, ``component.parameter``."""
+        users = {} if self.users is None else {"users": self.users}
         return {
             f"{name}.{key}": parameter
-            for name, module in self.modules.items()
+            for name, module in {**self.modules, **users}.items()
             for key, parameter in module.named_parameters()
             if parameter.requires_grad
         }
 
     def has_role(self, role: Role) -> bool:
-        return role == "policy" or role in self._snapshots or (role == "reference" and self.mode == "lora")
+        return role == "policy" or role in self._snapshots or (role == "reference" and self._switches())
+
+    def _switches(self) -> bool:
+        """Whether everything trained can be switched off."""
+        return self.mode == "lora" or (self.mode is None and self.users is not None)
 
     def snapshot(self, role: Role, values: Mapping[str, Tensor] | None = None, offload: bool = False) -> None:
         """Keep a copy of the trained tensors (or of ``values``) under ``role``.
@@ -112,8 +144,8 @@ class Roles:
         """
         if role == "policy":
             yield
-        elif role == "reference" and self.mode == "lora" and role not in self._snapshots:
-            with self._adapters_off():
+        elif role == "reference" and self._switches() and role not in self._snapshots:
+            with nullcontext() if self.users is None else self.users.off(), self._adapters_off() if self.mode == "lora" else nullcontext():
                 yield
         elif role in self._snapshots:
             trained = self.named_trainable()
@@ -156,10 +188,14 @@ class Roles:
         LoRA loading) become peft folders. Full fine-tuning writes whole modules.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        users = {} if self.users is None else {"users": self.users.save(folder)}
         if self.mode == "full":
             for name, module in self.modules.items():
                 module.save_pretrained(folder / name)  # type: ignore[operator]
-            return {name: f"pipe.{name} = type(pipe.{name}).from_pretrained(ADAPTER, subfolder={name!r})" for name in self.modules}
+            loads = {name: f"pipe.{name} = type(pipe.{name}).from_pretrained(ADAPTER, subfolder={name!r})" for name in self.modules}
+            return {**loads, **users}
+        if self.mode is None and users:
+            return users
         known = inspect.signature(pipe.save_lora_weights).parameters if hasattr(pipe, "save_lora_weights") else {}
         through_pipe = {f"{name}_lora_layers": _portable(module) for name, module in self.modules.items() if f"{name}_lora_layers" in known}
         if through_pipe:
@@ -173,9 +209,11 @@ class Roles:
                 tensors = {f"base_model.model.{key}": value.contiguous() for key, value in _portable(module).items()}
                 save_file(tensors, folder / name / "adapter_model.safetensors")
                 loads[name] = f"pipe.{name} = peft.PeftModel.from_pretrained(pipe.{name}, ADAPTER + '/{name}')"
-        return loads
+        return {**loads, **users}
 
     def _choose(self, mode: str) -> None:
+        if self.users is not None:
+            raise ValueError(f"choose {mode} weights before add_users, so that users are added to the weights that are trained")
         if self.mode is not None:
             raise ValueError(f"the policy already trains {self.mode} weights; build a new policy to train {mode} weights")
         self.mode = mode
