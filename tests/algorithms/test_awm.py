@@ -65,7 +65,7 @@ def test_with_advantage_one_the_first_gradient_is_flow_matching(ratio):
     policy.zero_grad()
     for part in algorithm.microbatches(policy, batch, 100, 0):
         noised = part.noised(policy)
-        velocity = policy.predict_at(noised.x, noised.timesteps, part.conditioning()).velocity
+        velocity = policy.predict_at(noised.x, noised.timesteps, part.conditioning(policy)).velocity
         (velocity - (noised.noise - noised.x0)).square().flatten(1).mean(1).sum().div(8 * 3).backward()
     torch.testing.assert_close(grad, policy.shift.grad, atol=1e-12, rtol=1e-9)
 
@@ -103,7 +103,7 @@ def test_other_times_or_noise_for_the_old_policy_would_be_seen(what):
     def log_prob(of):
         noised = of.noised(policy)
         with torch.no_grad():
-            return algorithm._log_prob(policy.predict_at(noised.x, noised.timesteps, of.conditioning()), noised, 1)[1]
+            return algorithm._log_prob(policy.predict_at(noised.x, noised.timesteps, of.conditioning(policy)), noised, 1)[1]
 
     assert torch.equal(log_prob(part), log_prob(part))
     assert float((log_prob(other) - log_prob(part)).exp().sub(1).abs().max()) > 0.01

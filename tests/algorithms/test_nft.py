@@ -119,6 +119,16 @@ def test_accumulation_and_processes_change_nothing(times):
     torch.testing.assert_close(parts[0][1] + parts[1][1], grad, atol=1e-7, rtol=1e-6)
 
 
+def test_only_clean_samples_and_prompts_of_the_trajectory_are_read():
+    """Its conditioning belongs to the call that sampled, whose guidance may be another."""
+    algorithm = NFT(draws=2)
+    policy = moved(started(algorithm))
+    made = experience(policy)
+    bare = replace(made.trajectory, conditioning=None, x=torch.empty(0), x_next=torch.empty(0), log_prob=torch.empty(0))
+    expected, got = (gradient(algorithm, policy, whole(one)) for one in (made, replace(made, trajectory=bare)))
+    assert torch.equal(expected[1], got[1])
+
+
 def test_an_invalid_sample_counts_nowhere_even_if_it_is_not_finite():
     algorithm = NFT(kl_weight=0.2)
     policy = moved(started(algorithm))

@@ -91,7 +91,7 @@ class AWM:
 
     def loss(self, policy: Policy, microbatch: Microbatch) -> LossTerms:
         """Surrogate and distances over the global denominator."""
-        noised, conditioning, draws = microbatch.noised(policy), microbatch.conditioning(), len(microbatch.draws)
+        noised, conditioning, draws = microbatch.noised(policy), microbatch.conditioning(policy), len(microbatch.draws)
         asked: dict[Role, bool] = {"old": self._moved(microbatch), "reference": self.needs_reference, "ema": self.ema_weight > 0}
         with torch.no_grad():
             others = {role: policy.predict_at(noised.x, noised.timesteps, conditioning, role) for role, needed in asked.items() if needed}

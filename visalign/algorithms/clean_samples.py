@@ -56,11 +56,11 @@ class Microbatch:
         noise = gaussian_noise([seed for of_sample in zip(*by_draw, strict=True) for seed in of_sample], x0)
         return add_noise(policy, x0, noise, self.timesteps.flatten())
 
-    def conditioning(self) -> Any:
-        """One row per noised sample, as the rollout encoded them."""
+    def conditioning(self, policy: Policy) -> Any:
+        """One row per noised sample, encoded by the policy that trains: its call may differ from that of sampling (guidance)."""
         trajectory = self.batch.experience.trajectory
         groups = trajectory.group_id[self.rows].repeat_interleave(len(self.draws))
-        return trajectory.conditioning.select(groups.tolist())
+        return policy.encode([trajectory.prompts[group] for group in groups.tolist()])
 
     def sums(self, area: str, recorded: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
         """Metrics ``area/name``: sum over valid samples and draws, and their number; values are (n, k)."""

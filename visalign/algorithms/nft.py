@@ -78,7 +78,7 @@ class NFT:
 
     def loss(self, policy: Policy, microbatch: Microbatch) -> LossTerms:
         """The contrast and the distance to the reference over the global denominator."""
-        noised, conditioning, draws = microbatch.noised(policy), microbatch.conditioning(), len(microbatch.draws)
+        noised, conditioning, draws = microbatch.noised(policy), microbatch.conditioning(policy), len(microbatch.draws)
         with torch.no_grad():
             old = policy.predict_at(noised.x, noised.timesteps, conditioning, "old")
         found = policy.predict_at(noised.x, noised.timesteps, conditioning)
