@@ -196,7 +196,7 @@ class Codec:
             CaptureError: the pipeline has no VAE with an encoder, or its decode path is not invertible.
             ValueError: media of different sizes.
         """
-        vae = self._vae()
+        vae = self.vae()
         shapes = {tuple(one.data.shape) for one in media}
         if len(shapes) != 1:
             raise ValueError(f"encode_media takes media of one size per call, got {sorted(shapes)}; resize them or call it per size")
@@ -205,6 +205,9 @@ class Codec:
         values = stacked.float() if media[0].kind == "audio" else stacked.float() / 127.5 - 1
         if media[0].kind == "video":
             values = values.movedim(1, 2)
+        if media[0].kind == "audio" and hasattr(vae, "hop_length"):
+            # The pipeline cuts what it decodes to the length asked for; the rest is silence.
+            values = torch.nn.functional.pad(values, (0, max(0, vae.hop_length * self.vae_map()[3][-1] - values.shape[-1])))
         return self.from_vae(_posterior_mode(vae.encode(values.to(parameter))))
 
     def from_vae(self, z: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ class Codec:
 
     @contextmanager
     def _intercepted_vae(self, received: list[Tensor]) -> Any:
-        vae = self._vae()
+        vae = self.vae()
 
         def decode(z: Tensor, *args: Any, **kwargs: Any) -> Any:
             received.append(z.detach())
@@ -260,7 +263,7 @@ class Codec:
         finally:
             del vae.decode
 
-    def _vae(self) -> Any:
+    def vae(self) -> Any:
         for name in ("vae", "vqvae", "movq", "vqgan"):
             if hasattr(self.observer.modules.get(name), "encode"):
                 return self.observer.modules[name]

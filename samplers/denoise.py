@@ -28,6 +28,7 @@ class Denoise:
 
     def __init__(self, observer: Observer, capture: Capture, device: torch.device, roles: Roles) -> None:
         self.observer, self.capture, self.device, self.roles = observer, capture, device, roles
+        self.rows = 0  # evaluated so far: samples times guidance copies
         self._scale_offset: dict[int, float | None] = {}
         self._takes_times: dict[int, bool] = {}
 
@@ -47,6 +48,7 @@ class Denoise:
             arguments = self._arguments(index, site, x, scale, timesteps, conditioning, members, outputs)
             with self.roles.given_users([conditioning.prompts[member].user for member in members], site.copies, site.order):
                 returned = self.observer.modules[site.module](**arguments)
+            self.rows += x.shape[0] * site.copies
             outputs.append([leaf for leaf in torch.utils._pytree.tree_leaves(returned) if isinstance(leaf, Tensor)])
             if site.output is not None:
                 found += [row.reshape(x.shape).float() for row in batch_rows(site, returned, x.shape[0])]

@@ -22,7 +22,7 @@ def pipeline_identity(policy: PipelinePolicy) -> str:
     """
     digest = hashlib.sha256()
     try:
-        vae: Any = policy.codec._vae()
+        vae: Any = policy.codec.vae()
         index, scale, offset, shape = policy.codec.vae_map()
         tensors = [("index", index), ("scale", scale), ("offset", offset), *sorted(vae.state_dict().items())]
         config = {key: value for key, value in dict(getattr(vae, "config", {})).items() if not key.startswith("_")}

@@ -170,7 +170,7 @@ def test_strings_that_look_like_numbers_survive_a_dump() -> None:
 def test_playground_paths_resolve_and_others_pass() -> None:
     assert resolve_path("org/model") == "org/model"
     assert resolve_path(3) == 3
-    with pytest.raises(ValueError, match="pipeline and clip"):
+    with pytest.raises(ValueError, match="pipeline, clip and exemplars"):
         resolve_path("playground:pipelin")
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from visalign.geometry import Geometry
-from visalign.settings import ConfigError, apply_overrides, did_you_mean, dump_yaml, parse_yaml, validate
+from visalign.settings import ConfigError, apply_overrides, did_you_mean, dump_yaml, merge, parse_yaml, validate
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(ge=1)]
@@ -438,8 +438,10 @@ def resolve_path(value: Any) -> Any:
             return str(playground.pipeline_path())
         case "clip":
             return str(playground.clip_path())
+        case "exemplars":
+            return str(playground.exemplars_path())
         case other:
-            raise ValueError(f"'{value}': the playground has no model '{other}', it has pipeline and clip")
+            raise ValueError(f"'{value}': the playground has no model '{other}', it has pipeline, clip and exemplars")
 
 
 def make_config(data: Mapping[str, Any], source: str = "the configuration") -> Config:
@@ -457,16 +459,32 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     Raises:
         ConfigError: no such file or recipe, not YAML, overrides that cannot be applied, or values that are wrong.
     """
+    data, source = read_data(name_or_path)
+    if overrides:
+        source += " with " + " ".join(overrides)
+    return make_config(apply_overrides(data, overrides), source)
+
+
+def read_data(name_or_path: str | Path, inside: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """The plain data behind a path or a recipe's name; a file that says ``extends: NAME`` holds only what differs from that one.
+
+    Raises:
+        ConfigError: no such file or recipe, not YAML, or files that extend each other in a circle.
+    """
     text, source = read_source(name_or_path)
+    if source in inside:
+        raise ConfigError([f"extends: {' -> '.join([*inside, source])} is a circle; let one of them stand alone"], source)
     try:
         data = parse_yaml(text)
     except ValueError as error:
         raise ConfigError([str(error)], source) from None
     if not isinstance(data, dict):
         raise ConfigError([f"expected a mapping with sections such as model, data, rewards; got {type(data).__name__}"], source)
-    if overrides:
-        source += " with " + " ".join(overrides)
-    return make_config(apply_overrides(data, overrides), source)
+    base = data.pop("extends", None)
+    if base is None:
+        return data, source
+    near = Path(name_or_path).parent / str(base)
+    return merge(read_data(near if near.is_file() else str(base), (*inside, source))[0], data), source
 
 
 def dump_config(config: Config) -> str:

@@ -95,10 +95,10 @@ def _json_line(line: str, folder: Path) -> Prompt:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict):
         raise ValueError(f'expected an object such as {{"prompt": "a red circle"}}, got {type(row).__name__}')
-    return _from_row(row, folder)
+    return prompt_from_row(row, folder)
 
 
-def _from_row(row: Mapping[str, Any], folder: Path) -> Prompt:
+def prompt_from_row(row: Mapping[str, Any], folder: Path) -> Prompt:
     """One JSON object. Keys beside the known ones become metadata, unless they look like a misspelt known one."""
     if ("prompt" in row) == ("text" in row):
         found = "both 'prompt' and 'text'" if "prompt" in row else f"neither (keys: {', '.join(map(str, row)) or 'none'})"
@@ -162,7 +162,7 @@ def _from_dataset(source: DatasetConfig) -> list[Prompt]:
         negative = row[source.negative_column] if source.negative_column else None
         metadata = {key: row[key] for key in source.metadata_columns}
         try:
-            prompts.append(_from_row({"prompt": row[source.column], "negative_prompt": negative, "metadata": metadata}, local))
+            prompts.append(prompt_from_row({"prompt": row[source.column], "negative_prompt": negative, "metadata": metadata}, local))
         except ValueError as error:
             problems.append(f"row {number}: {error}")
     if problems or not prompts:

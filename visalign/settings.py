@@ -100,6 +100,23 @@ def dump_yaml(value: BaseModel | Mapping[str, Any]) -> str:
     return yaml.dump(_plain(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it: mappings key by key, everything else as a whole; ``null`` removes a key.
+
+    A part with another ``name`` replaces the one of the base, whose parameters mean nothing to it.
+    """
+    merged = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        before = merged.get(key)
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(before, Mapping) and value.get("name", before.get("name")) == before.get("name"):
+            merged[key] = merge(before, value)
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
 # --- overrides ----------------------------------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "Caption",
     "Verdict",
     "clip_path",
+    "exemplars_path",
     "family",
     "heldout_prompts",
     "is_compositional",
@@ -64,6 +65,11 @@ def pipeline_path() -> Path:
 def clip_path() -> Path:
     """The folder of the proxy reward: ``open_clip.create_model_and_transforms(f"local-dir:{clip_path()}")``."""
     return _WEIGHTS / "clip"
+
+
+def exemplars_path() -> Path:
+    """Statistics of clean renders in the embedding of ``clip_path()``, for ``frechet_distance`` and ``exemplar_distance``."""
+    return _WEIGHTS / "exemplars.safetensors"
 
 
 def load_pipeline(dtype: torch.dtype = torch.float32) -> "StableDiffusion3Pipeline":

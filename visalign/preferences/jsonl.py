@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from visalign.data import _from_row as prompt_from_row
+from visalign.data import prompt_from_row
 from visalign.preferences.candidates import Candidate, MediaFile, StoredLatent
 from visalign.preferences.content import KINDS
 from visalign.preferences.judgements import as_scores, scores_of_ranking
