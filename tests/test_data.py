@@ -59,7 +59,7 @@ def test_unknown_sources_say_what_is_possible(tmp_path: Path) -> None:
         load_prompts("prompts.csv")
     with pytest.raises(ValueError, match="no such file"):
         load_prompts(tmp_path / "absent.txt")
-    with pytest.raises(ValueError, match="train and heldout"):
+    with pytest.raises(ValueError, match="it has train, heldout"):
         load_prompts("playground:tests")
 
 
