@@ -55,13 +55,16 @@ def quickstart() -> str:
     found = rows("quickstart")
     if not found:
         return ""
+    draw = max(row.get("draw", 0) for row in found)
+    found = [row for row in found if row.get("draw", 0) == draw]
     seeds = sorted({row["seed"] for row in found})
     latest = {(row["metric"], row["seed"]): row for row in found}
     lines = [
         f"**Quick start**, {len(seeds)} seeds, {max(row['count'] for row in found)} held-out prompts "
-        "(`python benchmarks/quickstart.py`). Gains are per seed with 95 % bootstrap intervals; the last "
-        "column is what guidance 3 gives the untrained model, for twice the work per step. Settings were chosen with seed 0 (two "
-        "smaller ones were rejected with seed 2) by looking at these prompts, so the gains are somewhat optimistic.",
+        f"(`python benchmarks/quickstart.py --seeds {' '.join(map(str, seeds))} --draw {draw}`). Gains are per seed with 95 % bootstrap "
+        "intervals; the last column is what guidance 3 gives the untrained model, for twice the work per step. "
+        + ("Settings were chosen by looking at these prompts, so the gains are somewhat optimistic." if draw == 0 else
+           "Neither these seeds nor this draw of prompts and noise took part in choosing the settings (draw 0 did)."),
         "",
         "| metric | before | " + " | ".join(f"gain, seed {seed}" for seed in seeds) + " | base with guidance 3 |",
         "|---|---|" + "---|" * (len(seeds) + 1),
