@@ -27,6 +27,7 @@ from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adapti
 
 from visalign.maths.preference_models import bradley_terry_ties
 from visalign.protocols import TrainingTimes
+from visalign.samplers.policy import PipelinePolicy
 from visalign.types import NoiseLevel, Prompt
 
 Embed = Callable[[Sequence[Prompt]], Tensor]
@@ -125,6 +126,28 @@ class HeadReward:
     def __call__(self, x: Tensor, x0: Tensor, level: NoiseLevel, prompts: Sequence[Prompt]) -> Tensor:
         alpha, sigma = (torch.full((x.shape[0],), value, device=x.device) for value in (level.alpha, level.sigma))
         return self.head(x, alpha, sigma, None if self.embed is None else self.embed(prompts))
+
+
+def pooled_prompts(policy: PipelinePolicy) -> Embed:
+    """Embeddings (B, D) of prompts: every text tensor that the denoiser is given for the conditional prediction, averaged over its tokens.
+
+    D is the same under every guidance scale, so that a head trained without guidance can serve with it.
+    """
+    plan = policy.capture.plans[0]
+    row = max(range(len(plan.combination.weights)), key=plan.combination.weights.__getitem__)
+    site = plan.row_sites[row]
+    copy = plan.row_sites[:row].count(site)
+
+    def embed(prompts: Sequence[Prompt]) -> Tensor:
+        found = []
+        for prompt in policy.encode(prompts).prompts:
+            rows = [values[copy] for values in prompt.rows[site].values()]
+            texts = [value.float().flatten(0, -2).mean(dim=0) if value.ndim > 1 else value.float()
+                     for value in rows if isinstance(value, Tensor) and value.is_floating_point() and value.ndim]
+            found.append(torch.cat(texts))
+        return torch.stack(found)
+
+    return embed
 
 
 def pair_loss(head: RewardHead, first: Tensor, second: Tensor, outcome: Tensor, alpha: Tensor, sigma: Tensor, noise: Tensor,

@@ -14,6 +14,7 @@ from visalign import playground
 from visalign.cli import app
 from visalign.rewards.clip import ClipScore
 from visalign.samplers.policy import PipelinePolicy
+from visalign.samplers.reward_head import RewardHead, pooled_prompts
 from visalign.types import Media, Prompt
 
 CLIP = "{name: clip, params: {model: playground:clip}}"
@@ -65,6 +66,24 @@ def test_a_negative_model_equal_to_the_positive_one_is_plain_guidance(tmp_path: 
     assert np.abs(own - same).max() <= 1
     other = pixels(sample(tmp_path / "other", "guidance_scale=3", "--adapter", adapter, "--negative", adapter), tmp_path / "other")
     assert np.abs(own - other).max() > 5
+
+
+def test_a_reward_head_guides_and_must_fit_the_latents(tmp_path: Path) -> None:
+    """A random head: weight 0 is the plain sample, weight 5 moves it; with and without the prompt."""
+    policy = PipelinePolicy.from_pipeline(playground.load_pipeline(), num_inference_steps=4, max_sequence_length=12, height=32, width=32,
+                                          guidance_scale=1.0)
+    plain = pixels(sample(tmp_path / "plain", "guidance_scale=1.0"), tmp_path / "plain")
+    for length in (0, pooled_prompts(policy)([Prompt(PROMPT)]).shape[1]):
+        torch.manual_seed(0)
+        file = tmp_path / f"head{length}.safetensors"
+        RewardHead(policy.latent_shape, prompt_dim=length, width=8).save(file)
+        zero = pixels(sample(tmp_path / f"zero{length}", "guidance_scale=1.0", "--guide", f"{file}=0"), tmp_path / f"zero{length}")
+        assert np.abs(plain - zero).max() <= 1
+        moved = pixels(sample(tmp_path / f"moved{length}", "guidance_scale=1.0", "--guide", f"{file}=50"), tmp_path / f"moved{length}")
+        assert np.abs(plain - moved).max() > 5
+    RewardHead((4, 8, 8), width=8).save(tmp_path / "small.safetensors")
+    result = sample(tmp_path / "x", "--guide", f"{tmp_path / 'small.safetensors'}=1")
+    assert "the head was trained on latents (4, 8, 8)" in " ".join(result.stderr.split())
 
 
 def test_wrong_guidance_is_answered_with_what_to_do(tmp_path: Path, adapter: Path) -> None:

@@ -129,7 +129,8 @@ def sample(
     merge_beta: Annotated[float | None, typer.Option("--merge-beta", help=
         "How much of --negative the negative weights hold, 0 to 1; default 1.")] = None,
     guide: Annotated[list[str] | None, typer.Option("--guide", metavar="REWARD=WEIGHT", help=
-        "Follow a differentiable reward's gradient while sampling; repeat for several. The weight is in nats per unit of reward.")] = None,
+        "Follow the gradient of a differentiable reward, or of a reward head's .safetensors file, while sampling; repeat for several. "
+        "The weight is in nats per unit of reward.")] = None,
     guide_max_ratio: Annotated[float | None, typer.Option("--guide-max-ratio", help=
         "Cap of sigma / alpha, by which a gradient is multiplied; default 4.")] = None,
     guide_skip: Annotated[int | None, typer.Option("--guide-skip", help="First steps without --guide.")] = None,

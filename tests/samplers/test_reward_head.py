@@ -6,12 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scripts.tiny_families import by_name
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.preference_models import bradley_terry_ties
 from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.samplers.guidance import GuidanceReward, GuidedPolicy, Tilt
 from visalign.samplers.oracle_policy import GaussianPolicy
-from visalign.samplers.reward_head import HeadReward, RewardHead, fit_reward_head, pair_loss
+from visalign.samplers.policy import PipelinePolicy
+from visalign.samplers.reward_head import HeadReward, RewardHead, fit_reward_head, pair_loss, pooled_prompts
 from visalign.samplers.rollout import generate
 from visalign.types import NoiseLevel, Prompt
 
@@ -75,8 +77,8 @@ def test_swapping_a_pair_swaps_its_outcome():
 
 
 def test_it_learns_the_gradient_of_the_expected_reward_at_every_level(head):
-    """grad E[r(x0) | x] = alpha / (alpha^2 + sigma^2) SLOPE for unit data: above SLOPE at middle levels, gone in noise. Within 15 %, with the
-    labels' own scale; less at high noise, where the logistic link shrinks it further (24 % at t = 0.8)."""
+    """grad E[r(x0) | x] = alpha / (alpha^2 + sigma^2) SLOPE for unit data: above SLOPE at middle levels, gone in noise. Within 15 %, with
+    the labels' own scale; less at high noise, where the logistic link shrinks it further (24 % at t = 0.8)."""
     for t in (0.05, 0.2, 0.4, 0.6):
         expected = (1 - t) / ((1 - t) ** 2 + t**2) * SLOPE
         assert (mean_gradient(head, NoiseLevel(1 - t, t)) - expected).norm() < 0.15 * expected.norm()
@@ -124,6 +126,20 @@ def test_prompts_decide_what_is_preferred():
     slopes = torch.autograd.grad(values.sum(), x)[0][:, 0, 0]
     assert (slopes[0::2] > 0).all()
     assert (slopes[1::2] < 0).all()
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 3", "Stable Diffusion XL", "Wan 2.1"])
+def test_prompt_embeddings_are_what_the_denoiser_reads_whatever_the_guidance(name):
+    """Token means of the conditional rows: other texts give other embeddings, another guidance scale gives the same ones."""
+    family = by_name(name)
+    policy = PipelinePolicy.from_pipeline(family.build(), **family.call)
+    prompts = [Prompt("a red circle"), Prompt("two blue squares above a very large green triangle"), Prompt("a red circle", negative="bad")]
+    found = pooled_prompts(policy)(prompts)
+    assert found.shape[0] == 3
+    assert not torch.allclose(found[0], found[1], rtol=1e-2)
+    torch.testing.assert_close(found[0], found[2])
+    unguided = pooled_prompts(policy.with_call(guidance_scale=1.0))(prompts)
+    torch.testing.assert_close(unguided, found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((4, 7), 0), ((9, 4), 1), ((4, 5, 6), 0), ((3, 4, 5, 6), 1)])

@@ -15,6 +15,7 @@ from visalign.samplers.guidance import GuidanceReward, GuidedPolicy, MediaReward
 from visalign.samplers.negative import give_negative, predict_against
 from visalign.samplers.offsets import read_offset
 from visalign.samplers.policy import PipelinePolicy
+from visalign.samplers.reward_head import HeadReward, RewardHead, pooled_prompts
 from visalign.samplers.rollout import generate
 from visalign.types import Media, Prompt
 
@@ -24,7 +25,7 @@ class GuidanceOptions:
     """What the command line says about guidance.
 
     Attributes:
-        rewards: ``REWARD=WEIGHT`` each.
+        rewards: ``REWARD=WEIGHT`` each; a reward is what ``visalign score -r`` takes, or the .safetensors file of a reward head.
         negative: a folder whose weights make the predictions that classifier-free guidance subtracts.
         merge_alpha, merge_beta: how much of the adapter and of ``negative`` those weights hold, 1 by default.
         max_ratio, skip_first, through_denoiser: see `visalign.samplers.guidance`.
@@ -93,6 +94,12 @@ def _parse(text: str) -> tuple[str, float]:
 
 
 def _guidance(name: str, policy: PipelinePolicy, options: GuidanceOptions) -> GuidanceReward:
+    if name.endswith(".safetensors"):
+        head = RewardHead.load(Path(name)).to(policy.device)
+        if head.latent_shape != policy.latent_shape:
+            raise ValueError(f"--guide {name}: the head was trained on latents {head.latent_shape}, this call makes {policy.latent_shape}; "
+                             "use the height, width and number of frames it was trained with")
+        return HeadReward(head, pooled_prompts(policy) if head.prompt_dim else None)
     reward = load(parse_reward(name))
     if not isinstance(reward, DifferentiableReward) or not reward.spec.differentiable:
         raise ValueError(f"--guide {name}: this reward has no gradient (no score_tensor), so it cannot guide; clip can")
