@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visalign.samplers.sites import Site
 from visalign.samplers.slots import Path, join_rows
-from visalign.samplers.users import Mixture
+from visalign.users import Mixture
 
 
 @dataclass(frozen=True)

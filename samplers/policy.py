@@ -24,8 +24,9 @@ from visalign.samplers.roles import Roles
 from visalign.samplers.slots import leaves, split_rows
 from visalign.samplers.times import SchedulerTimes, fit_times
 from visalign.samplers.user_attention import UserAttention, text_readers
-from visalign.samplers.users import UserTable, mixture_of
+from visalign.samplers.users import UserTable
 from visalign.types import Media, Prediction, Prompt, Role, Schedule
+from visalign.users import mixture_of
 
 PROBE = Prompt("a photo of a dog")
 

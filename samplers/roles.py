@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from visalign.samplers.slots import Order
 from visalign.samplers.user_attention import UserAttention
-from visalign.samplers.users import Mixture
 from visalign.types import Role
+from visalign.users import Mixture
 
 # Attention projections under the names diffusers gives them, joint (add_*) ones included: the targets of Flow-GRPO, arXiv:2505.05470.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from visalign.samplers.slots import Order
-from visalign.samplers.users import Mixture, UserTable
+from visalign.samplers.users import UserTable
+from visalign.users import Mixture
 
 WEIGHTS, SETTINGS = "users.safetensors", "users.json"
 
@@ -90,7 +91,8 @@ class UserAttention(nn.Module):
                 module.to_q.register_forward_hook(self._keep_queries(key))  # type: ignore[union-attr,operator]
                 module.to_out[0].register_forward_pre_hook(self._add_users(key))  # type: ignore[index,union-attr]
         if not self.layers:
-            raise ValueError("no attention module to add users to; the denoiser needs modules with to_q and to_out")
+            raise ValueError(f"no attention module to add users to in {', '.join(self.readers)}; they need modules with to_q, to_out and "
+                             "heads, as most of diffusers' have")
         self.to(next(next(iter(denoisers.values())).parameters()).device)
 
     @contextmanager
@@ -158,7 +160,8 @@ class UserAttention(nn.Module):
             if queries is None or queries.shape[:2] != hidden.shape[:2] or hidden.shape[0] % len(present):
                 got = "no queries" if queries is None else f"queries {tuple(queries.shape)}"
                 raise ValueError(f"users cannot be added in {key}: {got} for an output of {tuple(hidden.shape)} and {len(present)} rows of "
-                                 "users; undo fuse_qkv_projections, or name other attention modules")
+                                 "users; users need unfused projections (unfuse_qkv_projections) and a pipeline that gives every row of a "
+                                 "batch the same attention (no perturbed attention)")
             # Frames as rows of the batch: every frame of a sample is for the sample's user.
             frames = hidden.shape[0] // len(present)
             tokens, present = tokens.repeat_interleave(frames, 0), present.repeat_interleave(frames, 0)

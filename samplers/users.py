@@ -1,20 +1,15 @@
 """Users as a denoiser sees them: a few tokens each, learned with the model or read from a file, and mixtures of them.
 
-A prompt says whose taste it asks for: ``metadata["user"]`` is a name, or weights of several, ``{"ann": 0.3, "bob": 0.7}``:
+    U = sum_i w_i U_i        (m, d)        the weights of ``visalign.users.mixture_of``
 
-    U = sum_i w_i U_i        (m, d)
-
-A prompt without a user has no tokens at all, and the denoiser treats it as if users did not exist: the whole population's model.
+Nobody has no tokens at all, and the denoiser treats such a prompt as if users did not exist: the whole population's model.
 Source: PPD, arXiv:2501.06655.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from numbers import Real
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,43 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
-from visalign.types import Prompt
-
-Mixture = tuple[tuple[str, float], ...]  # users and their weights; empty: nobody
-
-
-def mixture_of(prompt: Prompt) -> Mixture:
-    """Whose taste a prompt asks for; numbers are names too.
-
-    Raises:
-        ValueError: ``metadata["user"]`` is neither a name nor finite weights by name.
-    """
-    user = prompt.metadata.get("user")
-    if user is None:
-        return ()
-    if isinstance(user, str | int) and not isinstance(user, bool):
-        return ((str(user), 1.0),)
-    if isinstance(user, Mapping) and user and all(isinstance(weight, Real) and math.isfinite(weight) for weight in user.values()):
-        return tuple((str(name), float(weight)) for name, weight in user.items())
-    raise ValueError(f"prompt {prompt.text[:60]!r}: user is {user!r}; give a name, or finite weights by name such as "
-                     '{"ann": 0.3, "bob": 0.7}, or leave it out for no user')
-
-
-def with_users(prompts: Sequence[Prompt], users: Sequence[str | Mapping[str, float] | None]) -> list[Prompt]:
-    """Every prompt once for every user, prompt by prompt; ``None`` asks for nobody's taste.
-
-    Raises:
-        ValueError: no users.
-    """
-    if not users:
-        raise ValueError("with_users needs at least one user; None stands for no user")
-    return [asking(prompt, user) for prompt in prompts for user in users]
-
-
-def asking(prompt: Prompt, user: str | Mapping[str, float] | None) -> Prompt:
-    """The prompt for another user, or for nobody."""
-    metadata = {key: value for key, value in prompt.metadata.items() if key != "user"}
-    return replace(prompt, metadata=metadata if user is None else {**metadata, "user": user})
+from visalign.users import Mixture
 
 
 class UserTable(nn.Module):
