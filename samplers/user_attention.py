@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -182,7 +183,7 @@ class UserAttention(nn.Module):
 
 
 def load_users(denoisers: Mapping[str, Any], folder: Path | str) -> UserAttention:
-    """What `UserAttention.save` wrote, in these denoisers (further entries do not matter).
+    """What `UserAttention.save` wrote, in these denoisers (further entries do not matter); after an adapter is loaded into them.
 
     Raises:
         ValueError: the folder holds no users, or those of other denoisers.
@@ -192,6 +193,7 @@ def load_users(denoisers: Mapping[str, Any], folder: Path | str) -> UserAttentio
         raise ValueError(f"{folder} holds no {SETTINGS}; a run that trains users leaves one in RUN/adapter")
     settings, tensors = json.loads((folder / SETTINGS).read_text(encoding="utf-8")), load_file(folder / WEIGHTS)
     table = UserTable(settings["users"], tensors["table.tokens"], settings["learned"])
+    denoisers = {name: module.get_base_model() if isinstance(module, PeftModel) else module for name, module in denoisers.items()}
     for component, names in settings["readers"].items():
         known = dict(denoisers[component].named_modules()) if isinstance(denoisers.get(component), nn.Module) else {}
         if missing := [name for name in names if name not in known]:

@@ -2,6 +2,7 @@
 
 import math
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -177,6 +178,21 @@ def test_what_is_saved_conditions_a_fresh_pipeline_alike(tmp_path):
 
     assert not torch.allclose(picture((("ann", 1.0),)), picture((("bob", 1.0),)))
     assert torch.equal(velocity(other, None), plain)
+
+
+def test_a_loaded_adapter_and_its_users_meet_again(tmp_path):
+    policy = build("Stable Audio", names=())
+    policy.roles.add_lora(rank=2)
+    policy.add_users(UserTable.random(["ann"], 2, 8))
+    move(policy)
+    policy.save_adapter(tmp_path)
+    plain = by_name("Stable Audio").build()
+    adapted = peft.PeftModel.from_pretrained(plain.transformer, tmp_path / "transformer")
+    loaded = PipelinePolicy.from_pipeline(plain, **by_name("Stable Audio").call)
+    loaded.roles.add_users(load_users({"transformer": adapted}, tmp_path))
+    torch.testing.assert_close(velocity(loaded, "ann"), velocity(policy, "ann"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(velocity(loaded, None), velocity(policy, None), rtol=1e-5, atol=1e-5)
+    assert "load_users(pipe.components, ADAPTER)" in (tmp_path / "loading.json").read_text()
 
 
 def test_training_resumes_bit_for_bit(tmp_path):
