@@ -28,6 +28,7 @@ from visalign.maths.seeds import derive_seed
 from visalign.optimization import Optimization, Step, step_metrics
 from visalign.parts import Parts
 from visalign.progress import Callback, Silent
+from visalign.protocols import Remembers
 from visalign.runfolder import RunFolder
 from visalign.state import State
 from visalign.tally import Tally, concatenate_scores
@@ -90,7 +91,8 @@ class Loop:
         trainable = parts.policy.named_trainable()
         self.state = State(iteration=0, optimization=Optimization(trainable, config.train, processes.device),
                            ema=None if config.ema is None else EMA(trainable, config.ema.decay),
-                           data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker())
+                           data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker(),
+                           memories={term.name: term.reward for term in parts.terms if isinstance(term.reward, Remembers)})
         self.timings: dict[str, float] = {}
         self.moved = False  # whether this process has changed the weights yet
 

@@ -194,6 +194,17 @@ class SetReward(Protocol):
         """What every sample did for the set, float32 (N,), larger is better; features (N, d) and group_id (N,) of all processes."""
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """A reward whose answers depend on earlier ones; its memory is checkpointed."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Everything to be kept, by name; empty when there is nothing yet."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what ``state_dict`` gave."""
+
+
 class Sampler(Protocol):
     """Makes samples from a policy; the settings of a run are inside."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
@@ -16,13 +17,14 @@ from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
 from visalign.optimization import Optimization
-from visalign.protocols import Policy
+from visalign.protocols import Policy, Remembers
 from visalign.runfolder import RunFolder
 from visalign.types import Role
 
 logger = logging.getLogger(__name__)
 
-SAVED_ROLES: frozenset[Role] = frozenset({"old", "ema", "negative"})  # the reference is what the run starts from, or follows from these
+SAVED_ROLES: frozenset[Role] = frozenset({"reference", "old", "ema", "negative"})  # the reference may have been refreshed
+
 
 @dataclass
 class State:
@@ -34,6 +36,7 @@ class State:
         ema: average of the weights, or ``None``.
         data: which prompts come next.
         breaker: the rewards' recent failures.
+        memories: rewards whose answers depend on earlier ones, by name.
     """
 
     iteration: int
@@ -41,6 +44,7 @@ class State:
     ema: EMA | None
     data: GroupSampler
     breaker: CircuitBreaker
+    memories: Mapping[str, Remembers] = field(default_factory=dict)
 
     def save(self, policy: Policy, folder: RunFolder, config: Config, processes: Processes, score: float | None) -> None:
         """Write ``checkpoints/<iteration>``; collective, only the main process writes.
@@ -57,6 +61,7 @@ class State:
                 tensors["ema"] = self.ema.shadow
             roles = {role: kept for role, kept in policy.snapshots().items() if role in SAVED_ROLES}
             tensors |= {f"role-{role}": dict(kept) for role, kept in roles.items()}
+            tensors |= {f"reward-{name}": dict(kept) for name, memory in self.memories.items() if (kept := memory.state_dict())}
             state = {"visalign": __version__, "config": config.model_dump(mode="json"), "optimization": optimization,
                      "rng": [part[1] for part in rng], "ema_steps": None if self.ema is None else self.ema.num_steps,
                      "data": self.data.state_dict(), "breaker": self.breaker.state_dict(),
@@ -82,6 +87,8 @@ class State:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(weights[name])
+        for name, memory in self.memories.items():
+            memory.load_state_dict(saved.tensors.get(f"reward-{name}", {}))
         for name in saved.tensors:
             if name.startswith("role-"):
                 policy.snapshot(cast(Role, name.removeprefix("role-")), saved.tensors[name])

@@ -2,20 +2,23 @@
 
 from dataclasses import replace
 
+import gaussian_run
 import pytest
 import torch
 
 from visalign.algorithms.errors import answer, mean_squared
 from visalign.algorithms.noising import Times, add_noise, gaussian_noise
 from visalign.algorithms.preference import Pairing, PreferenceOptimisation
+from visalign.credit import RewardTerm
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.preference import LOSSES, bind_loss
 from visalign.maths.schedules import dance_sigmas, flow_schedule
+from visalign.rewards.function import FunctionReward
 from visalign.samplers.dynamics import ODE
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import rollout
 from visalign.samplers.steps import NoSteps
-from visalign.types import Batch, Experience, Prompt
+from visalign.types import Batch, Experience, Prompt, Scores
 
 WORLD = GaussianWorld(mean=torch.full((1, 2), 0.3, dtype=torch.float64), var=0.25)
 PROMPTS = [Prompt("one"), Prompt("two", metadata={"offset": 0.4})]
@@ -271,3 +274,49 @@ def test_stratified_draws_cover_the_range():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Drifting(FunctionReward):
+    """A reward that remembers, so that a resume without its memory gives other numbers."""
+
+    def __init__(self):
+        super().__init__(gaussian_run.mean_value, name="value", modality=["audio"])
+        self.calls = torch.zeros(1)
+
+    def score(self, media, prompts, group_id):
+        self.calls += 1
+        found = super().score(media, prompts, group_id)
+        return replace(found, value=found.value * torch.cos(self.calls), raw=found.raw * torch.cos(self.calls))
+
+    def state_dict(self):
+        return {"calls": self.calls.clone()}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"].clone()
+
+
+def test_resuming_is_exact_with_a_refreshed_reference_and_a_reward_that_remembers(tmp_path):
+    settings = gaussian_run.config("sampler.steps={name: none}", "sampler.dynamics={name: ode}", "ema=null", "evaluation.every=5",
+                                   "train.iterations=8", "train.group_size=4", "train.schedule=constant")
+    half = settings.model_copy(update={"train": settings.train.model_copy(update={"iterations": 5})})
+    method = algorithm("inpo", refresh=2, draws=2)
+
+    def go(folder, config, **changes):
+        return gaussian_run.go(tmp_path / folder, config, algorithm=method, terms=[RewardTerm("value", Drifting())], **changes).policy
+
+    straight = go("straight", settings)
+    go("cut", half)
+    resumed = go("cut", settings, resume=True)
+    assert torch.equal(straight.shift, resumed.shift)
+    assert torch.equal(straight.snapshots()["reference"]["shift"], resumed.snapshots()["reference"]["shift"])
+
+
+def test_a_data_sets_weights_multiply_its_judgements():
+    policy = moved(make_policy())
+    made = experience(policy)
+    prompts = tuple(replace(prompt, metadata={**prompt.metadata, "weight": weight})
+                    for prompt, weight in zip(made.trajectory.prompts, (2.0, 0.0), strict=True))
+    recorded = {"preference": Scores.from_values(made.reward.tolist())}
+    heavy = replace(made, trajectory=replace(made.trajectory, prompts=prompts, scores=recorded))
+    first = replace(made, valid=torch.arange(8) < 4, reward=torch.where(torch.arange(8) < 4, made.reward, torch.nan))
+    torch.testing.assert_close(gradient(algorithm(), policy, whole(heavy)), gradient(algorithm(), policy, whole(first)))

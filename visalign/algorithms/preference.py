@@ -233,8 +233,17 @@ class PreferenceOptimisation:
             gap = mean_squared(answers["policy"].output, answers["reference"].output)
         inputs = LossInput(policy=errors["policy"], kappa=self.kappa, reference=errors.get("reference"), old=errors.get("old"),
                            reward=part.groups.reward.to(errors["policy"]), label=part.groups.label.to(errors["policy"]),
-                           statistics=part.statistics)
+                           weight=self._weights(part).to(errors["policy"]), statistics=part.statistics)
         return inputs, answers, gap
+
+    @staticmethod
+    def _weights(part: Microbatch) -> Tensor:
+        """How much each judgement of a data set counts, float64 (P,); 1 for generated groups."""
+        trajectory = part.experience.trajectory
+        if not trajectory.scores:
+            return torch.ones(len(part.groups.rows), dtype=torch.float64)
+        groups = trajectory.group_id[part.groups.rows[:, 0]].tolist()
+        return torch.tensor([float(trajectory.prompts[group].metadata.get("weight", 1.0)) for group in groups], dtype=torch.float64)
 
     def _noised(self, policy: Policy, part: Microbatch, x0: Tensor, conditioning: Any) -> Noised:
         num, size = part.groups.rows.shape
