@@ -113,7 +113,8 @@ class GuidedConditioning:
 
 
 class GuidedPolicy:
-    """A policy whose predictions are tilted by rewards, for `rollout.generate` and `rollout.rollout`.
+    """A policy whose predictions are tilted by rewards: what `rollout.generate` samples. Its conditioning is its own, so updates of
+    weights cannot use it.
 
     Args:
         policy: what samples; none of its weights receives a gradient.
