@@ -167,7 +167,11 @@ class UserAttention(nn.Module):
             frames = hidden.shape[0] // len(present)
             tokens, present = tokens.repeat_interleave(frames, 0), present.repeat_interleave(frames, 0)
             added = self.strength * layer(queries, tokens).to(hidden.dtype)
-            return (hidden + torch.where(present.reshape(-1, 1, 1), added, 0.0), *rest)
+            total = hidden + torch.where(present.reshape(-1, 1, 1), added, 0.0)
+            if total.stride() != hidden.stride():
+                # The layout decides which kernel to_out runs, and kernels round differently: added zeros must change nothing.
+                total = torch.empty_strided(hidden.shape, hidden.stride(), dtype=total.dtype, device=total.device).copy_(total)
+            return (total, *rest)
 
         return hook
 

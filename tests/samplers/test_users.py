@@ -59,6 +59,16 @@ def test_each_row_is_for_its_own_user_and_the_reference_for_nobody(family):
     torch.testing.assert_close(velocity(policy, "ann")[0], both[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["Stable Diffusion 3", "Flux"])
+def test_nothing_changes_at_the_start_in_half_precision_either(family):
+    found = by_name(family)
+    policy = PipelinePolicy.from_pipeline(found.build().to(torch.bfloat16), **found.call)
+    base = velocity(policy, "ann", "bob")
+    policy.add_users(UserTable.random(["ann", "bob"], num_tokens=2, width=8))
+    assert torch.equal(velocity(policy, "ann", "bob"), base)
+    assert torch.equal(velocity(policy, None, "bob"), base)
+
+
 def test_users_go_where_text_is_read():
     pipe = build("Stable Diffusion 1.5")
     assert all(name.endswith("attn2") for name in pipe.roles.users.readers["unet"])
