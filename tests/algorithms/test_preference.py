@@ -125,7 +125,8 @@ REGRESSIONS = ("ipo", "nca", "sppo", "sppo_soft", "inpo", "gpo")  # they stop at
 @pytest.mark.parametrize("name", USABLE)
 def test_every_method_moves_towards_the_reward(name):
     policy = make_policy()
-    method = algorithm(name, kappa=1.0 if name in REGRESSIONS else 20.0, draws=2, pairing=Pairing(keep={"sft": 2, "best_of_group": 1}.get(name)))
+    pairing = Pairing(keep={"sft": 2, "best_of_group": 1}.get(name))
+    method = algorithm(name, kappa=1.0 if name in REGRESSIONS else 20.0, draws=2, pairing=pairing)
     optimizer = torch.optim.SGD([policy.shift], lr=0.05)
     for iteration in range(12):
         method.begin(policy, iteration)

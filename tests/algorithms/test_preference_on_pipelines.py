@@ -1,4 +1,4 @@
-"""Losses on clean samples through real captured pipelines of every kind: image, video and audio; UNets and transformers; eps, v and flow."""
+"""Losses on clean samples through real captured pipelines of every kind: image, video and audio; UNets, transformers; eps, v, flow."""
 
 import pytest
 import torch

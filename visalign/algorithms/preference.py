@@ -150,7 +150,7 @@ class PreferenceOptimisation:
             raise ValueError(f"the loss '{self.preference_loss.name}' must know which samples the reference made, and a run's samples come "
                              "from one model; call it from your own loop, or use vpo or dpo here")
         if self.preference_loss.name == "best_of_group" and self.pairing.keep != 1:
-            raise ValueError("best_of_group trains on the best sample of every group: set pairing: {keep: 1} (or loss: sft, the same thing)")
+            raise ValueError("best_of_group trains on the best sample of every group: set pairing: {keep: 1}")
         if self.safeguard is not None and needs.group != "pair":
             raise ValueError(f"safeguard protects the chosen sample of a pair, and '{self.preference_loss.name}' reads {needs.group}s; "
                              "leave safeguard out")
