@@ -55,6 +55,9 @@ class PipelinePolicy:
         self.schedule: Schedule = self.capture.fit.schedule
         self.latent_shape = self.capture.latent_shape
         self.denoisers = {name: self.observer.modules[name] for name in sorted({site.module for site in self.capture.sites})}
+        for name, module in self.observer.modules.items():
+            if name not in self.denoisers:  # a reward's gradient passes through the decoder, it does not stay there
+                module.requires_grad_(False)
         self.roles = roles if roles is not None else Roles(self.denoisers)
         self.device = next(next(iter(self.denoisers.values())).parameters()).device
         self.codec = Codec(self.observer, self.call, self.capture, probe, rate)
