@@ -86,7 +86,7 @@ METHODS: dict[str, Method] = {
     "draft": Method("DRaFT", "embedded_draft", trained_on="proxy CLIP"),
     "self_npo": Method("Self-NPO guidance", "embedded_self_npo", trained_on="nothing", negative=True),
     "npo": Method("Diffusion-NPO guidance", "embedded_npo", negative=True),
-    "flow_nrg": Method("Flow-NRG", None, trained_on="proxy CLIP", guide=20.0),
+    "flow_nrg": Method("Flow-NRG", None, trained_on="proxy CLIP", guide=150.0),
 }
 
 
@@ -215,7 +215,7 @@ def guided(weight: float, seed: int, folder: Path) -> Outcome:
     reward = load_reward("clip", model=str(resolve_path("playground:clip")))
     assert isinstance(reward, DifferentiableReward), "the embedded CLIP has gradients"
     plain = judge(policy, parts, config)
-    tilt = Tilt([(MediaReward(reward, policy.decode_tensor, through_denoiser=True), weight)])
+    tilt = Tilt([(MediaReward(reward, policy.decode_tensor), weight)])
     before = policy.denoise.rows
     return Outcome(plain, judge(GuidedPolicy(policy, tilt), parts, config), rows=policy.denoise.rows - before)
 
