@@ -100,13 +100,14 @@ class UserAttention(nn.Module):
     def given(self, mixtures: Sequence[Mixture], copies: int = 1, order: Order = "chunk") -> Iterator[None]:
         """Inside, denoiser calls are for these users, one per sample, each sample with ``copies`` rows in this order.
 
-        One mixture serves calls with any number of rows. With nobody present nothing is computed.
+        One mixture serves calls with any number of rows. With nobody present nothing is computed, unless gradients are: then they are 0,
+        where nothing but users is trained and a loss would else have none.
 
         Raises:
             ValueError: an unknown user.
         """
         users = None
-        if any(mixtures) and not self._off:
+        if (any(mixtures) or torch.is_grad_enabled()) and not self._off:
             tokens, present = self.table(mixtures)
             repeat = torch.arange(len(mixtures), device=tokens.device)
             repeat = repeat.repeat(copies) if order == "chunk" else repeat.repeat_interleave(copies)

@@ -171,6 +171,15 @@ def test_recomputed_activations_are_for_the_users_of_their_own_forward_pass():
     assert all(float(gradient.abs().sum()) > 0 for gradient in plain)
 
 
+def test_a_batch_of_nobody_has_a_gradient_and_it_is_zero():
+    policy = build()
+    move(policy)
+    output = policy.predict(policy.initial_latents([1]), 0, policy.encode(PROMPTS[:1])).velocity
+    assert torch.equal(output, velocity(policy, None, role="reference"))
+    output.square().mean().backward()
+    assert all(not parameter.grad.any() for parameter in policy.named_trainable().values())
+
+
 def test_what_is_saved_conditions_a_fresh_pipeline_alike(tmp_path):
     policy = build("Stable Diffusion 1.5", num_inference_steps=2)
     move(policy)
