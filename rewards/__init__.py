@@ -10,6 +10,7 @@ if __name__ != "visalign.rewards":
 
 BUILTIN: dict[str, str] = {
     "bradley_terry": "visalign.rewards.pairwise:BradleyTerry",
+    "by_user": "visalign.rewards.by_user:ByUser",
     "captions": "visalign.rewards.captions:CaptionVerifier",
     "clip": "visalign.rewards.clip:ClipScore",
     "exemplar_distance": "visalign.rewards.distribution:ExemplarDistance",

@@ -12,7 +12,7 @@ import torch
 
 from visalign import checkpoint
 from visalign.build_algorithm import build_algorithm
-from visalign.config import Config, GuardConfig, RewardConfig, resolve_path
+from visalign.config import Config, GuardConfig, RewardConfig, UsersConfig, resolve_path
 from visalign.credit import RewardTerm
 from visalign.data import load_prompts
 from visalign.distributed import Processes
@@ -27,7 +27,9 @@ from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.replay import SCORE, ReplaySampler
 from visalign.samplers.rollout import TrajectorySampler
 from visalign.samplers.steps import build_selection
+from visalign.samplers.users import UserTable
 from visalign.types import Prompt
+from visalign.users import mixture_of, users_in
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ def build(config: Config, processes: Processes) -> Parts:
     algorithm = build_algorithm(config, terms)
     # One seed for all processes: every one of them must draw the same adapter.
     checkpoint.seed_everything(derive_seed(config.train.seed, 0))
-    policy = build_policy(config, processes, probe=prompts[0])
+    policy = build_policy(config, processes, prompts)
+    check_users(policy, eval_prompts)
     if dataset is not None:
         dataset = encode_preferences(config, policy, dataset)
         prompts, sampler = dataset.prompts, ReplaySampler(dataset, microbatch=config.train.microbatch)
@@ -145,18 +148,43 @@ def unique_names(entries: Sequence[RewardConfig | GuardConfig]) -> Mapping[str, 
     return named
 
 
-def build_policy(config: Config, processes: Processes, probe: Prompt) -> PipelinePolicy:
+def build_users(settings: UsersConfig, prompts: Sequence[Prompt]) -> UserTable:
+    """Tokens from a file, or new ones for all users of the prompts.
+
+    Raises:
+        ValueError: no prompt has a user.
+    """
+    if settings.embeddings is not None:
+        return UserTable.from_file(Path(resolve_path(settings.embeddings)), settings.learn_embeddings)
+    names = users_in(prompts)
+    if not names:
+        raise ValueError('trainable.users: no prompt has a user; add "user": NAME to the lines of data.prompts, or leave '
+                         "trainable.users out")
+    return UserTable.random(names, settings.num_tokens, settings.width)
+
+
+def check_users(policy: PipelinePolicy, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts of users that the policy does not know, before anything is sampled."""
+    if policy.roles.users is not None:
+        for prompt in prompts:
+            policy.roles.users.table.check(mixture_of(prompt))
+
+
+def build_policy(config: Config, processes: Processes, prompts: Sequence[Prompt]) -> PipelinePolicy:
     """Load the pipeline, capture it with one of its own prompts, prove the capture by replay, and choose what learns."""
     model, trainable = config.model, config.trainable
     policy = PipelinePolicy.from_pretrained(str(resolve_path(model.path)), dtype=getattr(torch, model.dtype), device=str(processes.device),
-                                            probe=probe, **model.call)
+                                            probe=prompts[0], **model.call)
     logger.info("captured %s: %s", model.path, policy.verify().rows[-1][1])
     if trainable.mode == "lora":
         init: bool | Literal["gaussian"] = True if trainable.init == "default" else "gaussian"
         alpha = trainable.rank if trainable.alpha is None else trainable.alpha
         policy.roles.add_lora(rank=trainable.rank, alpha=alpha, target_modules=trainable.target_modules, init=init)  # type: ignore[arg-type]
-    else:
+    elif trainable.mode == "full":
         policy.roles.train_full()
+    if trainable.users is not None:
+        policy.add_users(build_users(trainable.users, prompts), trainable.users.strength)
+        check_users(policy, prompts)
     if config.train.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     return policy

@@ -301,21 +301,47 @@ class TrainConfig(Section):
         return self
 
 
+class UsersConfig(Section):
+    """Attention to whoever a prompt is for (``"user"`` in the prompt file or the preference data), see arXiv:2501.06655.
+
+    Attributes:
+        embeddings: safetensors file with one tensor per user; ``null`` learns ``num_tokens`` tokens of ``width`` for every user of the
+            training prompts.
+        learn_embeddings: also train what ``embeddings`` holds.
+        strength: factor of the added attention.
+    """
+
+    embeddings: str | None = None
+    learn_embeddings: bool = False
+    num_tokens: Positive = 4
+    width: Positive = 64
+    strength: PositiveFloat = 1.0
+
+
 class TrainableConfig(Section):
     """Which weights learn.
 
     Attributes:
-        mode: ``lora`` (adapter, the reference is the adapter switched off) or ``full`` (frozen copy as reference).
+        mode: ``lora`` (adapter, the reference is the adapter switched off), ``full`` (frozen copy as reference) or ``users`` (nothing
+            but ``users``; the reference is without them).
         rank, alpha: of the adapter; the update is scaled by alpha / rank. ``alpha: null`` means alpha = rank.
         target_modules: names (suffixes) of adapted layers; ``null`` adapts every attention projection of the denoiser.
         init: ``default`` (Kaiming A, zero B) or ``gaussian`` (normal A, zero B): the run starts exactly at the base.
+        users: condition on users; ``null`` does not.
     """
 
-    mode: Literal["lora", "full"] = "lora"
+    mode: Literal["lora", "full", "users"] = "lora"
     rank: Positive = 16
     alpha: PositiveFloat | None = None
     target_modules: tuple[str, ...] | None = None
     init: Literal["default", "gaussian"] = "default"
+    users: UsersConfig | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> TrainableConfig:
+        if self.mode == "users" and self.users is None:
+            raise ValueError("mode users trains nothing but users; add users: {}, or choose lora or full")
+        return self
 
     @field_validator("target_modules")
     @classmethod

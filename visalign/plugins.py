@@ -74,6 +74,8 @@ def load_reward(target: str, /, **params: Any) -> Reward | PairwiseReward | SetR
 def _load_nested(value: Any) -> Any:
     if isinstance(value, Mapping) and isinstance(value.get("reward"), str):
         return load_reward(value["reward"], **{key: inner for key, inner in value.items() if key != "reward"})
+    if isinstance(value, Mapping):
+        return {key: _load_nested(inner) for key, inner in value.items()}
     return value
 
 

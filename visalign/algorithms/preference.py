@@ -28,8 +28,9 @@ from visalign.maths.preference_selection import Rule, select_pairs
 from visalign.maths.seeds import derive_seed
 from visalign.protocols import LossTerms, Policy
 from visalign.types import Batch, Experience, Prompt, Role
+from visalign.users import asking
 
-PAIRS, DROPOUT = 2, 3  # what a seed is for, beside noising.TIME and noising.NOISE
+PAIRS, DROPOUT, NOBODY = 2, 3, 4  # what a seed is for, beside noising.TIME and noising.NOISE
 Invert = Callable[[Policy, Tensor, Tensor, Any], Tensor]
 
 
@@ -128,6 +129,7 @@ class PreferenceOptimisation:
         refresh: the reference becomes the current policy every so many iterations; 0 never.
         safeguard: ``mu`` of Diffusion-SDPO, pairs only; ``None`` without.
         prompt_dropout: probability that a group is trained on the empty prompt, which guidance needs.
+        user_dropout: probability that a group is trained for nobody, which keeps the population's taste (PPD, arXiv:2501.06655).
         invert: noise that leads back to a sample, in place of random noise (SmPO); ``None`` for random noise.
     """
 
@@ -142,6 +144,7 @@ class PreferenceOptimisation:
     refresh: int = 0
     safeguard: float | None = None
     prompt_dropout: float = 0.0
+    user_dropout: float = 0.0
     invert: Invert | None = None
 
     def __post_init__(self) -> None:
@@ -261,11 +264,19 @@ class PreferenceOptimisation:
     def _prompts(self, part: Microbatch, flat: Tensor) -> list[Prompt]:
         trajectory, size = part.experience.trajectory, part.groups.rows.shape[1]
         prompts = [trajectory.prompts[group] for group in trajectory.group_id[flat].tolist()]
-        if self.prompt_dropout == 0:
-            return prompts
-        seeds = draw_seeds(part.seed, trajectory.sample_index[part.groups.rows].amin(dim=1).tolist(), part.draw, DROPOUT)
-        dropped = [float(torch.rand((), generator=Generator().manual_seed(seed))) < self.prompt_dropout for seed in seeds]
-        return [replace(prompt, text="") if dropped[row // size] else prompt for row, prompt in enumerate(prompts)]
+        index = trajectory.sample_index[part.groups.rows].amin(dim=1).tolist()
+
+        def dropped(probability: float, purpose: int) -> list[bool]:
+            seeds = draw_seeds(part.seed, index, part.draw, purpose)
+            return [float(torch.rand((), generator=Generator().manual_seed(seed))) < probability for seed in seeds]
+
+        if self.prompt_dropout > 0:
+            silent = dropped(self.prompt_dropout, DROPOUT)
+            prompts = [replace(prompt, text="") if silent[row // size] else prompt for row, prompt in enumerate(prompts)]
+        if self.user_dropout > 0:
+            nobody = dropped(self.user_dropout, NOBODY)
+            prompts = [asking(prompt, None) if nobody[row // size] else prompt for row, prompt in enumerate(prompts)]
+        return prompts
 
     def _watched(self, inputs: LossInput, answers: dict[Role, Answer]) -> dict[str, Tensor]:
         """What tells a healthy run from a drifting one: both errors usually rise, the margin must."""

@@ -17,6 +17,7 @@ from visalign.samplers.offsets import read_offset
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.reward_head import HeadReward, RewardHead, pooled_prompts
 from visalign.samplers.rollout import generate
+from visalign.samplers.user_attention import SETTINGS, load_users
 from visalign.types import Media, Prompt
 
 
@@ -70,6 +71,8 @@ def guided_draw(model: str, dtype: str, device: str, adapter: Path | None, argum
                       a=1.0 if options.merge_alpha is None else options.merge_alpha,
                       b=1.0 if options.merge_beta is None else options.merge_beta)
         predict = predict_against(policy)
+    if adapter is not None and (adapter / SETTINGS).is_file():
+        policy.roles.add_users(load_users(policy.denoisers, adapter))
     tilt = None
     if rewards:
         tilt = Tilt([(_guidance(name, policy, options), weight) for name, weight in rewards],

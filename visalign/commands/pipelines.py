@@ -126,12 +126,12 @@ def load_adapter(pipeline: Any, adapter: Path) -> None:
         if (adapter / name / "adapter_config.json").is_file():
             from peft import PeftModel
 
-            setattr(pipeline, name, PeftModel.from_pretrained(module, str(adapter / name)))
+            PeftModel.from_pretrained(module, str(adapter / name))  # adapts the module's layers in place; the pipeline keeps its module
             found = True
         elif (adapter / name / "config.json").is_file():
             setattr(pipeline, name, type(module).from_pretrained(adapter / name, dtype=module.dtype))
             found = True
-    if not found:
+    if not found and not (adapter / "users.json").is_file():  # users alone
         raise ValueError(f"adapter '{adapter}': nothing in this folder fits the pipeline; a finished run's is RUN/adapter")
 
 

@@ -16,7 +16,9 @@ from visalign.commands.pipelines import call_arguments, call_pipeline, check_cal
 from visalign.config import load_config
 from visalign.data import load_prompts
 from visalign.media import INDEX, Sample, append_index, save_media
+from visalign.samplers.user_attention import SETTINGS, load_users
 from visalign.types import Media, Prompt
+from visalign.users import mixture_of
 
 
 def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], source: str | None, seeds: str, dtype: str | None,
@@ -40,7 +42,7 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
     if guidance is not None and guidance.wanted:
         draw = guided_draw(model, dtype or "float32", device, adapter, arguments, prompts[0], guidance)
     else:
-        draw = _plain_draw(load_pipeline(model, dtype or "float32", device, adapter), arguments, prompts)
+        draw = _plain_draw(load_pipeline(model, dtype or "float32", device, adapter), arguments, prompts, adapter)
     out.mkdir(parents=True, exist_ok=True)
     digits, made = max(4, len(str(len(jobs) - 1))), 0
     try:
@@ -52,10 +54,21 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
             console.print(f"{made} of {len(jobs)} samples in {out}" if made < len(jobs) else f"{made} samples in {out}", highlight=False)
 
 
-def _plain_draw(pipeline: Any, arguments: dict[str, Any], prompts: Sequence[Prompt]) -> Callable[[Prompt, int], Media]:
+def _plain_draw(pipeline: Any, arguments: dict[str, Any], prompts: Sequence[Prompt],
+                adapter: Path | None) -> Callable[[Prompt, int], Media]:
     implied = {"negative_prompt": any(prompt.negative is not None for prompt in prompts), "image": any(prompt.images for prompt in prompts)}
     check_call(pipeline, [*arguments, *(name for name, needed in implied.items() if needed)])
-    return lambda prompt, seed: call_pipeline(pipeline, prompt, seed, arguments)
+    if adapter is None or not (adapter / SETTINGS).is_file():
+        return lambda prompt, seed: call_pipeline(pipeline, prompt, seed, arguments)
+    users = load_users(pipeline.components, adapter)
+    for prompt in prompts:
+        users.table.check(mixture_of(prompt))
+
+    def draw(prompt: Prompt, seed: int) -> Media:
+        with users.given([mixture_of(prompt)]):
+            return call_pipeline(pipeline, prompt, seed, arguments)
+
+    return draw
 
 
 def parse_seeds(text: str) -> list[int]:
