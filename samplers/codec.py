@@ -98,7 +98,7 @@ class Codec:
         """Latents (B, *latent_shape) to canonical media; ``prompts`` as in `decode_tensor`."""
         tensor = self.decode_tensor(latents, prompts).detach().cpu()
         if self.kind == "audio":
-            return [Media("audio", wave.float(), rate=self.sample_rate) for wave in tensor]
+            return [Media("audio", wave.float().clamp(-1, 1), rate=self.sample_rate) for wave in tensor]
         pixels = (tensor.float().clamp(0, 1) * 255).round().to(torch.uint8)
         return [Media("image", one) if self.kind == "image" else Media("video", one, rate=self.rate) for one in pixels]
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from visalign.samplers.policy import PipelinePolicy
 
 OTHER = "two red squares above a very large green circle"
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# bfloat16: a pipeline that keeps its state in it loses up to 5e-2 in three coarse steps from sigma 500; a wrong capture is off by 1.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ STRENGTHS = {"sd15_diffusion_dpo": "diffusion_dpo", "sdxl_diffusion_dpo": "diffu
              "sd15_smpo": "smpo_sd15", "sdxl_smpo": "smpo_sdxl", "sd15_npo": "npo_sd15", "sd35_online_dpo": "flow_grpo_dpo"}
 # One image UNet of each kind, an image transformer of each kind, video and sound; Flux has no recipe of these methods and takes SD 3's.
 CLASSES = [("sd15_diffusion_dpo", None), ("sdxl_mapo", None), ("sd35_nft", None), ("sd35_online_dpo", "Flux"),
-           pytest.param("wan_flow_dpo", None, marks=pytest.mark.xfail(strict=True, reason="a cast to bfloat16 counts as a scaled state")),
-           pytest.param("stable_audio_dragon", None, marks=pytest.mark.xfail(strict=True, reason="decoded sounds are not clamped"))]
+           ("wan_flow_dpo", None), ("stable_audio_dragon", None)]
 # The other methods; tails that start after the third step start anywhere.
 OTHERS = {"sd15_kto": (), "sd15_npo": (), "sd15_self_npo": (), "sdxl_smpo": (), "sd35_rwr": (), "sd35_awm": (), "sd15_draft": (),
           "sd15_alignprop": ("sampler.steps={name: random_tail}",), "sd15_refl": ("sampler.steps={name: random_tail}",)}

@@ -401,6 +401,13 @@ class Config(Section):
         return rewards
 
     @model_validator(mode="after")
+    def _master_weights(self) -> Config:
+        if self.trainable.mode == "full" and self.model.dtype != "float32":
+            raise ValueError(f"model.dtype: full fine-tuning needs float32 weights, in {self.model.dtype} most steps round away; set "
+                             "model.dtype=float32 and train.precision=bfloat16, or train an adapter")
+        return self
+
+    @model_validator(mode="after")
     def _one_source(self) -> Config:
         if self.data.preferences is None and not self.rewards:
             raise ValueError("rewards: at least one is needed, or data.preferences with a data set that holds its own scores")
