@@ -1,0 +1,106 @@
+"""PickScore: a CLIP ViT-H/14 fine-tuned on the Pick-a-Pic users' choices between two images for their prompt.
+
+    raw = s <image / |image|, text / |text|>,   s = exp(logit_scale), about 100        typically 17 to 24
+
+Differences of raw scores are log-odds, ``P(i beats j) = sigmoid(raw_i - raw_j)``, so ``bradley_terry`` takes it with scale 1.
+Other code reports raw / 26 (about 0.85) or the cosine (about 0.22, here under ``details["cosine"]``): the same ranking on another scale,
+and not log-odds any more.
+
+Source: Pick-a-Pic, arXiv:2305.01569.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.transform import PreprocessCfg
+from torch import Tensor, nn
+
+from visalign.protocols import RewardSpec
+from visalign.rewards.dual_encoder import DualEncoder
+from visalign.types import Media, Prompt, Scores
+
+
+class PickScore:
+    """PickScore of images; for video wrap it in ``framewise``."""
+
+    def __init__(self, model: str = "yuvalkirstain/PickScore_v1", *, processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+                 batch_size: int = 64, device: str | torch.device | None = None, cache_dir: str | None = None,
+                 name: str = "pickscore") -> None:
+        """
+        Args:
+            model: folder or hub id of a transformers ``CLIPModel``.
+            processor: folder or hub id of its tokenizer and image preprocessing, which the published weights come without.
+            batch_size: images per forward pass; does not change the scores.
+            device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
+        Raises:
+            ValueError: an incomplete checkpoint, an empty tokenizer, or preprocessing other than resize of the shortest side, centre
+                crop, normalise.
+            OSError: no such folder, or the hub is out of reach.
+        """
+        from transformers import AutoTokenizer, CLIPModel
+
+        clip, found = CLIPModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True)
+        if found["missing_keys"] or found["mismatched_keys"]:
+            raise ValueError(f"reward '{name}': {model} lacks {len(found['missing_keys'])} tensors of a CLIP model "
+                             f"({', '.join(sorted(found['missing_keys'])[:3])}, ...), which would stay random; give a complete checkpoint")
+        # AutoTokenizer raises where the vocabulary is missing; CLIPTokenizer would come up empty.
+        tokenizer = AutoTokenizer.from_pretrained(processor, cache_dir=cache_dir)
+        limit = int(clip.config.text_config.max_position_embeddings)
+        self.encoder = DualEncoder(_Towers(clip), _Tokenizer(tokenizer, limit), _preprocessing(processor, cache_dir), name=name,
+                                   batch_size=batch_size, device=device)
+        self.scale = float(clip.logit_scale.detach().double().exp())
+        self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), differentiable=True, raw_range=(-self.scale, self.scale),
+                               model_ids=(model, processor), licence="MIT")
+
+    def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
+        """Scaled cosine of each image with its own prompt; each distinct prompt is encoded once."""
+        cosine = self.encoder.cosines([sample.data for sample in media], prompts)
+        return Scores.from_values((self.scale * cosine).tolist(), details={"cosine": cosine})
+
+    def score_tensor(self, media: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Raw scores with gradients to the pixels, float32 (B,), of images (B, 3, H, W) in [0, 1]."""
+        return self.scale * self.encoder.cosines_of_pixels(media, prompts)
+
+
+class _Towers(nn.Module):
+    """The two towers of a transformers ``CLIPModel`` up to their projections: the same in transformers 4 and 5."""
+
+    def __init__(self, clip: Any) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.clip.visual_projection(self.clip.vision_model(pixel_values=pixels).pooler_output)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        # Attention is causal and the text's last token is pooled, so what pads it is never seen.
+        return self.clip.text_projection(self.clip.text_model(input_ids=tokens).pooler_output)
+
+
+class _Tokenizer:
+    def __init__(self, tokenizer: Any, context_length: int) -> None:
+        self.tokenizer, self.context_length, self.vocab_size = tokenizer, context_length, len(tokenizer)
+
+    def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor:
+        return self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=context_length or self.context_length,
+                              return_tensors="pt").input_ids
+
+
+def _preprocessing(processor: str, cache_dir: str | None) -> PreprocessCfg:
+    """The image steps of a transformers CLIP processor, as PIL takes them."""
+    from transformers import AutoImageProcessor
+
+    found = AutoImageProcessor.from_pretrained(processor, cache_dir=cache_dir)
+    size, crop = dict(found.size), dict(found.crop_size or {})
+    side = size.get("shortest_edge")
+    usual = (found.do_resize and found.do_center_crop and found.do_rescale and found.do_normalize and side is not None
+             and crop == {"height": side, "width": side} and int(found.resample) == 3)
+    if not usual:
+        where = Path(processor) / "preprocessor_config.json"
+        raise ValueError(f"{where}: size {size}, crop {crop}, resample {found.resample}; expected a CLIP processor: bicubic resize of "
+                         "the shortest edge, centre crop to the same side, rescale, normalise")
+    return PreprocessCfg(size=int(side), mean=tuple(found.image_mean), std=tuple(found.image_std))

@@ -1,0 +1,84 @@
+"""Weight files of rewards: found on disk or on the hub, read without unpickling anything but tensors; chains of linear layers folded."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def weights_file(location: str, *, reward: str, cache_dir: str | None = None) -> Path:
+    """The file that ``location`` names: a path, or ``ORG/REPO/FILE`` on the hub, which is downloaded once.
+
+    Raises:
+        ValueError: neither a file nor of that form.
+    """
+    path = Path(location).expanduser()
+    if path.is_file():
+        return path
+    parts = location.split("/")
+    if len(parts) < 3 or not all(re.fullmatch(r"[A-Za-z0-9][\w.-]*", part) for part in parts):
+        raise ValueError(f"reward '{reward}': no file {path}; give the path of the weights, or ORG/REPO/FILE on the hub")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), cache_dir=cache_dir))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file or a torch checkpoint, on the CPU; what is under "state_dict" where there is such a key.
+
+    Raises:
+        ValueError: the checkpoint holds Python objects, which would run as code, or something that is not a tensor.
+    """
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, and loading it could run code; convert it where you trust it: "
+                         "safetensors.torch.save_file(torch.load(FILE, weights_only=False), 'weights.safetensors')") from error
+    content = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds {type(content).__name__}; expected tensors by name (a state dict)")
+    return dict(content)
+
+
+def fold_linear_layers(tensors: Mapping[str, Tensor], prefix: str = "layers.") -> tuple[Tensor, Tensor]:
+    """Weight (d,) and bias (), float64, of the one affine map that a chain of linear layers ``{prefix}{index}.weight/bias`` is.
+
+        W_n (... (W_1 x + b_1) ...) + b_n  =  w . x + b
+
+    The layers run once on zero and on every basis vector, which determines an affine map, to assert that the folded one is the same.
+
+    Raises:
+        ValueError: no such layers, shapes that do not chain, or more than one output.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.weight")
+    order = sorted(int(match[1]) for key in tensors if (match := pattern.fullmatch(key)))
+    missing = [f"{prefix}{index}.bias" for index in order if f"{prefix}{index}.bias" not in tensors]
+    if not order or missing:
+        raise ValueError(f"expected linear layers {prefix}0.weight, {prefix}0.bias, ...; the file has "
+                         f"{', '.join(sorted(tensors)[:8]) or 'no tensors'}" + (f" and lacks {', '.join(missing)}" if missing else ""))
+    layers = [(tensors[f"{prefix}{index}.weight"].double(), tensors[f"{prefix}{index}.bias"].double()) for index in order]
+    shapes = [tuple(weight.shape) for weight, _ in layers]
+    chained = all(len(shape) == 2 for shape in shapes) and all(a[0] == b[1] for a, b in itertools.pairwise(shapes))
+    if not chained or shapes[-1][0] != 1:
+        raise ValueError(f"linear layers of shapes {shapes} (out, in) do not chain to one number")
+    weight, bias = torch.ones(1, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for layer_weight, layer_bias in reversed(layers):
+        bias = bias + weight @ layer_bias
+        weight = weight @ layer_weight
+
+    probes = torch.cat([torch.zeros(1, len(weight), dtype=torch.float64), torch.eye(len(weight), dtype=torch.float64)])
+    through = probes
+    for layer_weight, layer_bias in layers:
+        through = through @ layer_weight.T + layer_bias
+    torch.testing.assert_close(probes @ weight + bias, through[:, 0], rtol=1e-9, atol=1e-9)
+    return weight, bias
