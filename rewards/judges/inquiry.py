@@ -1,0 +1,101 @@
+"""Ask a judge many questions, once each, and account for what came back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from visalign.rewards.judges.parsers import is_refusal
+from visalign.rewards.judges.question import Answer, Backend, Question, Reply, Verdict
+from visalign.types import Scores
+
+Reading = Verdict | str
+
+
+class Inquiry:
+    """Questions to one back end with one reading of its answers; ``telemetry`` tells of the latest call.
+
+    An answer that cannot be read is put to the judge once more with a reminder of the form; what is still unreadable is "parse".
+    """
+
+    def __init__(self, backend: Backend, repairs: int = 1) -> None:
+        if repairs < 0:
+            raise ValueError(f"repairs {repairs} must be at least 0")
+        self.backend = backend
+        self.repairs = repairs
+        self.telemetry: dict[str, float] = {}
+
+    def ask(self, questions: Sequence[Question], read: Callable[[Answer], Reading], reminder: str = "") -> list[Reading]:
+        """A verdict or a reason per question; equal questions are asked once.
+
+        Raises:
+            ValueError: the set-up is wrong, or the template reads log-probabilities and the server gives none at all.
+        """
+        distinct = list(dict.fromkeys(questions))
+        replies = self.backend.ask(distinct)
+        readings = [_reading(question, reply, read) for question, reply in zip(distinct, replies, strict=True)]
+        for _ in range(self.repairs if reminder else 0):
+            unread = [row for row, reading in enumerate(readings) if reading == "parse"]
+            if not unread:
+                break
+            again = [_reminded(distinct[row], replies[row], reminder) for row in unread]
+            more = self.backend.ask(again)
+            for row, question, reply in zip(unread, again, more, strict=True):
+                distinct[row] = question
+                replies[row] = replace(reply, attempts=reply.attempts + replies[row].attempts, seconds=reply.seconds + replies[row].seconds)
+                readings[row] = _reading(question, reply, read)
+        answered = [reading for reading, reply in zip(readings, replies, strict=True) if reply.answer and not reply.answer.refused]
+        if answered and all(reading == "no logprobs" for reading in answered):
+            raise ValueError(f"model '{self.backend.model}' was asked for the log-probabilities of its answers and gave none; serve it "
+                             "with them (vLLM does) or use a template that reads text")
+        self.telemetry = _account(readings, replies)
+        row_of = {question: row for row, question in enumerate(dict.fromkeys(questions))}
+        return [readings[row_of[question]] for question in questions]
+
+
+def scores_of(readings: Sequence[Reading], details: bool = True) -> Scores:
+    """Scores of verdicts and reasons, one per sample; details that a sample's verdict lacks are NaN."""
+    verdicts = [None if isinstance(reading, str) else reading for reading in readings]
+    raw = torch.tensor([torch.nan if verdict is None else verdict.value for verdict in verdicts], dtype=torch.float32)
+    names = dict.fromkeys(name for verdict in verdicts if verdict for name in verdict.details) if details else {}
+    columns = {name: torch.tensor([verdict.details.get(name, torch.nan) if verdict else torch.nan for verdict in verdicts],
+                                  dtype=torch.float32) for name in names}
+    return Scores(raw=raw, value=raw.clone(), valid=raw.isfinite(), details=columns,
+                  reasons=tuple(reading if isinstance(reading, str) else None for reading in readings))
+
+
+def _reading(question: Question, reply: Reply, read: Callable[[Answer], Reading]) -> Reading:
+    answer = reply.answer
+    if answer is None:
+        return reply.reason or "no answer"
+    if answer.refused:
+        return "refused"
+    if question.top_logprobs:
+        return read(answer)
+    if answer.truncated:
+        return "truncated"
+    reading = read(answer)
+    return "refused" if reading == "parse" and is_refusal(answer.text) else reading
+
+
+def _reminded(question: Question, reply: Reply, reminder: str) -> Question:
+    assert reply.answer is not None
+    return replace(question, exchanges=(*question.exchanges, (reply.answer.text, reminder)))
+
+
+def _account(readings: Sequence[Reading], replies: Sequence[Reply]) -> dict[str, float]:
+    """Share of questions with a verdict, of each reason, and the time of those that were not in the cache."""
+    if not readings:
+        return {}
+    asked = [reply.seconds for reply in replies if reply.attempts]
+    reasons = Counter(reading for reading in readings if isinstance(reading, str))
+    told = {"questions": float(len(readings)), "cached": float(sum(reply.attempts == 0 and reply.answer is not None for reply in replies)),
+            "calls": float(sum(reply.attempts for reply in replies)), "valid_rate": 1 - sum(reasons.values()) / len(readings)}
+    told |= {f"failed/{reason.replace(' ', '_')}": count / len(readings) for reason, count in sorted(reasons.items())}
+    if asked:
+        p50, p95 = torch.tensor(asked, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+        told |= {"latency_p50": p50, "latency_p95": p95}
+    return told

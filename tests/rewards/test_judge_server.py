@@ -1,0 +1,207 @@
+"""The chat server's client against a server that misbehaves: what went wrong is said, nothing is invented, nothing is asked twice."""
+
+import time
+
+import pytest
+
+from tests.rewards.misbehaving_server import (
+    CLOSE,
+    DRIP,
+    EMPTY,
+    FILTERED,
+    GARBAGE,
+    HALF,
+    HANG,
+    HTML,
+    REFUSAL,
+    TRUNCATED_JSON,
+    MisbehavingServer,
+    completion,
+)
+from visalign.rewards.judges.question import Question
+from visalign.rewards.judges.server import ChatServer
+
+GOOD = "Image 1 is better."
+
+
+def question(text="which?", **options):
+    return Question(text=text, images=(b"png",), max_tokens=8, **options)
+
+
+def client(*servers, **options):
+    return ChatServer([one if isinstance(one, str) else one.url for one in servers], "judge", **{"pause": 0.01, **options})
+
+
+@pytest.fixture(scope="module")
+def nobody():
+    """The address of a server that has died."""
+    with MisbehavingServer([GOOD]) as server:
+        pass
+    return server.url
+
+
+@pytest.mark.parametrize(("trouble", "calls"), [(500, 2), (503, 2), (429, 2), (408, 2), (CLOSE, 2), (HALF, 2), (GARBAGE, 2), (HTML, 2),
+                                                (TRUNCATED_JSON, 2), ((429, 0), 2)])
+def test_what_passes_is_retried(trouble, calls):
+    with MisbehavingServer([trouble, GOOD]) as server:
+        reply, = client(server).ask([question()])
+    assert (reply.answer.text, reply.reason, reply.attempts, len(server.requests)) == (GOOD, None, calls, calls)
+
+
+@pytest.mark.parametrize(("trouble", "reason"), [(500, "http 500"), ((429, 0), "http 429"), (CLOSE, "connection"), (HALF, "connection"),
+                                                 (GARBAGE, "garbage"), (HTML, "garbage"), (TRUNCATED_JSON, "garbage"), (HANG, "timeout"),
+                                                 (DRIP, "timeout")])
+def test_what_stays_has_a_reason_and_no_answer(trouble, reason):
+    with MisbehavingServer([trouble]) as server:
+        reply, = client(server, retries=1, timeout=0.15).ask([question()])
+        assert (reply.answer, reply.reason, reply.attempts) == (None, reason, 2)
+        assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("refusal", [REFUSAL, FILTERED, EMPTY])
+def test_a_refusal_is_an_answer_and_is_not_argued_with(refusal):
+    with MisbehavingServer([refusal]) as server:
+        reply, = client(server).ask([question()])
+    assert reply.answer.refused
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_asks_for_a_second_gets_it():
+    with MisbehavingServer([(429, 0.3), GOOD]) as server:
+        started = time.monotonic()
+        reply, = client(server).ask([question()])
+    assert reply.answer.text == GOOD
+    assert time.monotonic() - started >= 0.3
+
+
+def test_a_server_that_asks_for_more_than_there_is_ends_the_question_at_once():
+    with MisbehavingServer([(429, 3600), GOOD]) as server:
+        reply, = client(server, batch_timeout=20).ask([question()])
+    assert (reply.reason, reply.attempts) == ("http 429", 1)
+    assert reply.seconds < 10
+
+
+def test_the_batch_ends_when_its_time_does():
+    with MisbehavingServer([HANG]) as server:
+        started = time.monotonic()
+        replies = client(server, concurrency=2, batch_timeout=0.4).ask([question(str(i)) for i in range(6)])
+    assert {reply.reason for reply in replies} == {"timeout"}
+    assert time.monotonic() - started < 10
+
+
+def test_one_dead_replica_of_two_loses_nothing(nobody):
+    with MisbehavingServer([GOOD]) as server:
+        replies = client(nobody, server, concurrency=4).ask([question(str(i)) for i in range(12)])
+    assert [reply.answer.text for reply in replies] == [GOOD] * 12
+    assert len(server.requests) == 12
+
+
+def test_a_hanging_replica_costs_one_timeout_not_one_per_question():
+    with MisbehavingServer([HANG]) as stuck, MisbehavingServer([GOOD]) as server:
+        replies = client(stuck, server, concurrency=2, timeout=0.2, pause=5).ask([question(str(i)) for i in range(12)])
+    assert all(reply.answer for reply in replies)
+    assert len(stuck.requests) <= 2
+
+
+def test_replicas_share_the_work():
+    def slowly(request):
+        time.sleep(0.02)
+        return GOOD
+
+    with MisbehavingServer([slowly]) as one, MisbehavingServer([slowly]) as other:
+        client(one, other, concurrency=4).ask([question(str(i)) for i in range(12)])
+    assert min(len(one.requests), len(other.requests)) >= 3
+
+
+def test_no_more_calls_at_once_than_allowed():
+    def slowly(request):
+        time.sleep(0.02)
+        return GOOD
+
+    with MisbehavingServer([slowly]) as server:
+        client(server, concurrency=3).ask([question(str(i)) for i in range(9)])
+    assert 1 < server.peak <= 3
+
+
+def test_what_is_sent():
+    with MisbehavingServer([completion("1", alternatives={"1": -0.1, "2": -2.3, "never": -9999.0})]) as server:
+        reply, = client(server, extra={"chat_template_kwargs": {"enable_thinking": False}}).ask([question(top_logprobs=20)])
+    request, = server.requests
+    content = request["messages"][0].pop("content")
+    assert [part["type"] for part in content] == ["image_url", "text"]
+    assert content[0]["image_url"]["url"] == "data:image/png;base64,cG5n"
+    assert request == {"model": "judge", "messages": [{"role": "user"}], "temperature": 0, "max_tokens": 8, "logprobs": True,
+                       "top_logprobs": 20, "chat_template_kwargs": {"enable_thinking": False}}
+    assert reply.answer.first_token == {"1": -0.1, "2": -2.3}
+
+
+def test_the_key_comes_from_the_environment(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    with MisbehavingServer([GOOD]) as server:
+        client(server, api_key_env="JUDGE_KEY").ask([question()])
+    assert server.headers[0]["Authorization"] == "Bearer secret"
+
+
+def test_nothing_is_asked_twice_after_a_crash(tmp_path):
+    questions = [question(str(i)) for i in range(4)]
+    with MisbehavingServer([GOOD, GOOD, 401]) as server, pytest.raises(ValueError, match="api_key_env"):
+        client(server, cache_dir=tmp_path, concurrency=1).ask(questions)
+    with MisbehavingServer(["Image 2 is better."]) as server:
+        replies = client(server, cache_dir=tmp_path).ask(questions)
+        assert len(server.requests) == 2
+        assert [reply.attempts for reply in replies] == [0, 0, 1, 1]
+        assert [reply.answer.text[6] for reply in replies] == list("1122")
+        assert all(reply.attempts == 0 for reply in client(server, cache_dir=tmp_path).ask(questions))
+
+
+def test_failures_are_not_kept(tmp_path):
+    with MisbehavingServer([500, GARBAGE, GOOD]) as server:
+        ask = client(server, cache_dir=tmp_path, retries=0).ask
+        assert [ask([question()])[0].reason for _ in range(3)] == ["http 500", "garbage", None]
+    assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".json"]
+
+
+def test_the_cache_knows_what_was_asked_not_where(tmp_path):
+    with MisbehavingServer([GOOD]) as one, MisbehavingServer([GOOD]) as other:
+        client(one, cache_dir=tmp_path).ask([question()])
+        assert client(other, cache_dir=tmp_path).ask([question()])[0].attempts == 0
+        differently = [question("else"), question(top_logprobs=5), Question("which?", (b"other",), 8), Question("which?", (b"png",), 9)]
+        assert [reply.attempts for reply in client(other, cache_dir=tmp_path).ask(differently)] == [1] * 4
+        assert ChatServer(other.url, "another model", cache_dir=tmp_path).ask([question()])[0].attempts == 1
+
+
+def test_a_spoilt_cache_file_is_asked_again(tmp_path, caplog):
+    with MisbehavingServer([GOOD]) as server:
+        client(server, cache_dir=tmp_path).ask([question()])
+        path, = tmp_path.rglob("*.json")
+        path.write_text('{"format": 1, "te')
+        assert client(server, cache_dir=tmp_path).ask([question()])[0].attempts == 1
+        assert client(server, cache_dir=tmp_path).ask([question()])[0].attempts == 0
+    assert "is no answer" in caplog.text
+
+
+@pytest.mark.parametrize(("status", "match"), [(401, "api_key_env"), (403, "access"), (404, "models"), (405, "/v1"),
+                                               (422, "turned down every question: http 422, told to")])
+def test_a_wrong_set_up_stops_the_run(status, match):
+    with MisbehavingServer([status]) as server, pytest.raises(ValueError, match=match):
+        client(server).ask([question(), question("second")])
+    assert len(server.requests) <= 2
+
+
+def test_a_question_that_is_turned_down_is_one_invalid_sample(caplog):
+    def picky(request):
+        return 400 if "long" in request["messages"][0]["content"][1]["text"] else GOOD
+
+    with MisbehavingServer([picky]) as server:
+        replies = client(server).ask([question(), question("long")])
+    assert [reply.reason for reply in replies] == [None, "http 400"]
+    assert "told to" in caplog.text
+
+
+@pytest.mark.parametrize(("options", "match"), [({"base_urls": []}, "base_urls"), ({"base_urls": "localhost:8000"}, "http://"),
+                                                ({"concurrency": 0}, "concurrency 0"), ({"timeout": 0}, "timeout 0"),
+                                                ({"retries": -1}, "retries -1"), ({"extra": {"temperature": 1}}, "temperature"),
+                                                ({"api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY")])
+def test_bad_parameters(options, match):
+    with pytest.raises(ValueError, match=match):
+        ChatServer(**{"base_urls": "http://localhost:1/v1", "model": "m", **options})
