@@ -8,7 +8,8 @@ import torch
 
 from visalign.algorithms.errors import answer, mean_squared
 from visalign.algorithms.noising import Times, add_noise, gaussian_noise
-from visalign.algorithms.preference import Pairing, PreferenceOptimisation
+from visalign.algorithms.pairing import Pairing
+from visalign.algorithms.preference import PreferenceOptimisation
 from visalign.credit import RewardTerm
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.preference import LOSSES, bind_loss

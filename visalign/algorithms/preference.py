@@ -22,9 +22,9 @@ from torch import Generator, Tensor
 
 from visalign.algorithms.errors import Answer, Space, answer, mean_squared
 from visalign.algorithms.noising import NOISE, TIME, Noised, Times, add_noise, draw_seeds, gaussian_noise
+from visalign.algorithms.pairing import Groups, Pairing
 from visalign.maths.preference import BoundLoss, LossInput
 from visalign.maths.preference_safeguard import safeguard, scale_loser
-from visalign.maths.preference_selection import Rule, select_pairs
 from visalign.maths.seeds import derive_seed
 from visalign.protocols import LossTerms, Policy
 from visalign.types import Batch, Experience, Prompt, Role
@@ -32,18 +32,6 @@ from visalign.users import asking
 
 PAIRS, DROPOUT, NOBODY = 2, 3, 4  # what a seed is for, beside noising.TIME and noising.NOISE
 Invert = Callable[[Policy, Tensor, Tensor, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class Groups:
-    """What the loss compares: ``rows`` (P, K) of the trajectory, best first, with reward (P, K) and label (P, K) float64."""
-
-    rows: Tensor
-    reward: Tensor
-    label: Tensor
-
-    def select(self, at: Tensor) -> Groups:
-        return Groups(self.rows[at], self.reward[at], self.label[at])
 
 
 @dataclass(frozen=True)
@@ -57,61 +45,6 @@ class Microbatch:
     seed: int
     denominator: float
     statistics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Pairing:
-    """How scores become groups.
-
-    Attributes:
-        rule, margin, max_pairs, temperature: of pairs, see ``maths.preference_selection.select_pairs``.
-        threshold: labels: good above it, bad below; ``None`` compares with the group's mean.
-        keep: weights: only this many best samples of every group.
-        flip: exchange chosen and rejected, good and bad: a negative model (Diffusion-NPO, arXiv:2505.11245).
-        by_advantage: the loss reads the group-normalised advantage in place of the reward.
-    """
-
-    rule: Rule = "best_worst"
-    margin: float = 0.0
-    max_pairs: int | None = None
-    temperature: float = 1.0
-    threshold: float | None = None
-    keep: int | None = None
-    flip: bool = False
-    by_advantage: bool = False
-
-    def groups(self, kind: str, experience: Experience, rows: Tensor, seed: int) -> Groups:
-        """Groups of one optimizer step; ``rows`` are whole groups of the trajectory. Ties and invalid samples form none."""
-        group = experience.trajectory.group_id[rows].unique(return_inverse=True)[1]
-        size = int((group == 0).sum())
-        values = experience.advantage[:, 0] if self.by_advantage and experience.advantage.shape[1] else experience.reward
-        reward = torch.where(experience.valid[rows], values[rows].double().cpu(), torch.nan) * (-1 if self.flip else 1)
-        reward, valid = reward.reshape(-1, size), experience.valid[rows].reshape(-1, size)
-        table = rows.reshape(-1, size)
-        if kind == "pair":
-            found = [select_pairs(reward[p:p + 1], valid[p:p + 1], self.rule, self.margin, max_pairs=self.max_pairs,
-                                  temperature=self.temperature, generator=self._generator(experience, table[p, 0], seed))
-                     for p in range(len(table))]
-            places = torch.cat([torch.stack([pair.chosen, pair.rejected], dim=1) + p * size for p, pair in enumerate(found)])
-        elif kind == "list":
-            complete = valid.all(dim=1) & (reward.amax(dim=1) > reward.amin(dim=1))
-            order = reward.argsort(dim=1, descending=True, stable=True) + torch.arange(len(table)).unsqueeze(1) * size
-            places = order[complete]
-        else:
-            kept = valid.clone()
-            if self.keep is not None:
-                rank = reward.nan_to_num(-torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-                kept &= rank < self.keep
-            places = kept.flatten().nonzero()
-        threshold = reward.nanmean(dim=1, keepdim=True).expand_as(reward) if self.threshold is None else \
-            torch.full_like(reward, self.threshold * (-1 if self.flip else 1))
-        label = (reward - threshold).sign().nan_to_num(0.0)
-        groups = Groups(rows[places], reward.flatten()[places], label.flatten()[places])
-        return groups.select(groups.label[:, 0] != 0) if kind == "label" else groups
-
-    @staticmethod
-    def _generator(experience: Experience, first: Tensor, seed: int) -> Generator:
-        return Generator().manual_seed(derive_seed(seed, int(experience.trajectory.sample_index[first]), PAIRS))
 
 
 @dataclass(frozen=True)
@@ -295,11 +228,3 @@ class PreferenceOptimisation:
                 margin: Tensor = u[:, 0] - u[:, -1]
                 found |= {"margin": margin, "accuracy": 0.5 * (margin.sign() + 1), "saturated": (torch.sigmoid(-margin) < 0.05).float()}
         return found
-
-
-def smpo_range(rewards: Tensor, low: float = 0.0, high: float = 1.0) -> tuple[float, float]:
-    """The range of a reward that SmPO's smoothing divides by: its quantiles over a data set (``low`` 0 and ``high`` 1: min and max)."""
-    kept = rewards[torch.isfinite(rewards)].double()
-    return float(kept.quantile(low)), float(kept.quantile(high))
-
-
