@@ -43,7 +43,8 @@ class PickScore:
         """
         from transformers import AutoTokenizer, CLIPModel
 
-        clip, found = CLIPModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = CLIPModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True)
+        clip, found = loaded
         if found["missing_keys"] or found["mismatched_keys"]:
             raise ValueError(f"reward '{name}': {model} lacks {len(found['missing_keys'])} tensors of a CLIP model "
                              f"({', '.join(sorted(found['missing_keys'])[:3])}, ...), which would stay random; give a complete checkpoint")
@@ -94,9 +95,9 @@ def _preprocessing(processor: str, cache_dir: str | None) -> PreprocessCfg:
     """The image steps of a transformers CLIP processor, as PIL takes them."""
     from transformers import AutoImageProcessor
 
-    found = AutoImageProcessor.from_pretrained(processor, cache_dir=cache_dir)
+    found: Any = AutoImageProcessor.from_pretrained(processor, cache_dir=cache_dir)
     size, crop = dict(found.size), dict(found.crop_size or {})
-    side = size.get("shortest_edge")
+    side: Any = size.get("shortest_edge")
     usual = (found.do_resize and found.do_center_crop and found.do_rescale and found.do_normalize and side is not None
              and crop == {"height": side, "width": side} and int(found.resample) == 3)
     if not usual:
