@@ -109,3 +109,12 @@ def test_nested_parts_reach_the_algorithm():
     made = build_algorithm(load_config("embedded_online_dpo", ["algorithm.times={name: uniform, low: 0.2}"]), [])
     assert isinstance(made, PreferenceOptimisation)
     assert made.times == Times("uniform", low=0.2)
+
+
+def test_the_plan_of_an_offline_run_samples_nothing():
+    from visalign.commands.plan import compute
+
+    rows = dict(compute(load_config("embedded_flow_dpo"), world=1))
+    assert "nothing is sampled" in rows["samples"]
+    assert "forwards to sample" not in rows
+    assert "forwards to sample" in dict(compute(load_config("embedded_nft"), world=1))
