@@ -23,7 +23,8 @@ from visalign.types import Media, MediaKind, Prompt
 
 SUFFIX: Mapping[MediaKind, str] = {"image": ".png", "video": ".mp4", "audio": ".wav", "mesh": ".obj"}
 KIND: Mapping[str, MediaKind] = {".png": "image", ".jpg": "image", ".jpeg": "image", ".webp": "image", ".bmp": "image",
-                                 ".mp4": "video", ".mov": "video", ".webm": "video", ".wav": "audio", ".obj": "mesh"}
+                                 ".mp4": "video", ".mov": "video", ".webm": "video", ".wav": "audio",
+                                 ".obj": "mesh", ".ply": "mesh", ".glb": "mesh", ".stl": "mesh"}
 INDEX = "samples.jsonl"
 
 
@@ -66,7 +67,7 @@ def load_media(path: Path) -> Media:
     """Read one file; the suffix says what it is. Alpha channels are composed over white.
 
     Raises:
-        ValueError: an unknown suffix, an unreadable file, or a video without PyAV.
+        ValueError: an unknown suffix, an unreadable file, a video without PyAV, or a mesh other than OBJ without trimesh.
     """
     kind = KIND.get(path.suffix.lower())
     if kind is None:
@@ -203,6 +204,25 @@ def _save_mesh(media: Media, path: Path) -> None:
 
 
 def _load_mesh(path: Path) -> Media:
+    return _load_obj(path) if path.suffix.lower() == ".obj" else _load_through_trimesh(path)
+
+
+def _load_through_trimesh(path: Path) -> Media:
+    """All triangles of a file, those of a scene at their places in it; axes and unit stay the file's."""
+    try:
+        import trimesh
+    except ImportError:
+        raise ValueError(f"{path}: {path.suffix} files need trimesh: pip install 'visalign[sim3d]'") from None
+    try:
+        mesh: Any = trimesh.load(path, force="mesh", process=False)
+    except Exception as error:  # each format's parser raises its own
+        raise ValueError(f"{path}: not a readable mesh file ({error!r})") from error
+    if not len(mesh.faces):
+        raise ValueError(f"{path}: not a readable mesh file (it has no triangles)")
+    return Media(kind="mesh", data=torch.tensor(mesh.vertices, dtype=torch.float32), faces=torch.tensor(mesh.faces, dtype=torch.int64))
+
+
+def _load_obj(path: Path) -> Media:
     """Vertices and triangles; polygons are cut into fans, texture and normal indices are ignored."""
     vertices: list[list[float]] = []
     faces: list[list[int]] = []

@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+from visalign.media import load_media, save_media
 from visalign.rewards.meshes import TO_Z_UP, InvalidMeshError, rigid_body
+from visalign.types import Media
 
 
 def box(a, b, c):
@@ -105,3 +108,38 @@ def test_an_unused_vertex_that_is_not_finite_harms_nobody():
     vertices, faces = box(1, 1, 1)
     clean, _ = rigid_body(np.concatenate([vertices, [[np.nan] * 3]]), faces, up="z", size=None)
     assert len(clean) == 8
+
+
+@pytest.mark.parametrize("suffix", ["obj", "ply", "glb", "stl"])
+def test_every_file_format_holds_the_same_body(tmp_path, suffix):
+    trimesh = pytest.importorskip("trimesh")
+    vertices, faces = l_shape(1.4)
+    if suffix == "obj":
+        path = save_media(Media("mesh", torch.from_numpy(vertices).float(), faces=torch.from_numpy(faces)), tmp_path / "l")
+    else:
+        path = tmp_path / f"l.{suffix}"
+        trimesh.Trimesh(vertices, faces, process=False).export(path)
+    read = load_media(path)
+    assert (read.kind, read.data.dtype, read.faces.dtype) == ("mesh", torch.float32, torch.int64)
+    clean, corners = rigid_body(read.data.numpy(), read.faces.numpy(), up="z", size=None)
+    assert (len(clean), len(corners)) == (14, 24)  # the beam touches the column in two corners
+    assert volume(clean, corners) == pytest.approx(volume(vertices, faces), rel=1e-5)
+
+
+def test_the_parts_of_a_scene_are_read_where_they_stand(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    scene, moved = trimesh.Scene(), np.eye(4)
+    moved[:3, 3] = [5, 0, 0]
+    scene.add_geometry(trimesh.Trimesh(*box(1, 2, 3)))
+    scene.add_geometry(trimesh.Trimesh(*box(1, 2, 3)), transform=moved)
+    scene.export(tmp_path / "two.glb")
+    read = load_media(tmp_path / "two.glb").data
+    assert (read.amax(0) - read.amin(0)).tolist() == [6, 2, 3]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.ply", b"no"), ("a.glb", b"glTFxxxx"), ("a.glb", b""), ("a.stl", b"zz" * 50)])
+def test_a_file_without_a_mesh_is_named(tmp_path, name, content):
+    pytest.importorskip("trimesh")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}: not a readable mesh file"):
+        load_media(tmp_path / name)
