@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _MARKUP = str.maketrans({"<": "‹", ">": "›", "[": "(", "]": ")", **dict.fromkeys('"“”«»`', "'")})
@@ -21,6 +22,7 @@ def as_data(caption: str) -> str:
     return " ".join(visible.translate(_MARKUP).split())
 
 
-def fill(wording: str, caption: str) -> str:
-    """``wording`` with its ``{prompt}`` replaced, once and for all places: braces within a caption mean nothing."""
-    return as_data(caption).join(wording.split("{prompt}"))
+def fill(wording: str, caption: str, criterion: str = "") -> str:
+    """``wording`` with ``{prompt}`` and ``{criterion}`` filled in, in one pass: braces within a caption mean nothing."""
+    slots = {"{prompt}": as_data(caption), "{criterion}": as_data(criterion)}
+    return re.sub(r"\{(?:prompt|criterion)\}", lambda slot: slots[slot[0]], wording)

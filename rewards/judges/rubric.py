@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.judges.backends import backend_from
-from visalign.rewards.judges.captions import CLOSE, NOTICE, OPEN, as_data, fill
+from visalign.rewards.judges.captions import CLOSE, NOTICE, OPEN, fill
 from visalign.rewards.judges.images import files
 from visalign.rewards.judges.inquiry import Inquiry, Reading, scores_of
 from visalign.rewards.judges.question import Answer, Backend, Question, Verdict
@@ -93,8 +93,7 @@ class RubricJudge:
         """
         rubrics = [self._criteria(prompt, f"reward '{self.spec.name}', sample {row}") for row, prompt in enumerate(prompts)]
         shown = [files(sample, self.num_frames, self.max_side) for sample in media]
-        questions = [Question(text=as_data(one.text).join(fill(_WORDING, prompt.text).split("{criterion}")), images=images, max_tokens=1,
-                              top_logprobs=self.top_logprobs)
+        questions = [Question(text=fill(_WORDING, prompt.text, one.text), images=images, max_tokens=1, top_logprobs=self.top_logprobs)
                      for images, prompt, rubric in zip(shown, prompts, rubrics, strict=True) for one in rubric]
         answers = iter(self.inquiry.ask(questions, yes_or_no))
         return scores_of([self._aggregate(rubric, [next(answers) for _ in rubric]) for rubric in rubrics])
