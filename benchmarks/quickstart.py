@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from visalign.config import load_config
+
 RESULTS = Path(__file__).parent / "results" / "quickstart.jsonl"
 METRICS = ("captions/mean", "captions/strict", "captions/colour", "captions/count", "captions/shape", "captions/size", "captions/relation",
            "clip", "diversity")
@@ -49,6 +51,7 @@ def record(folder: Path, seed: int, draw: int, wall: float, cpu: float) -> None:
     """Append this run's rows."""
     compared = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     guided = json.loads((folder / "evaluations" / "base with guidance 3.json").read_text(encoding="utf-8"))["values"]
+    algorithm = load_config(folder / "config.yaml").algorithm.name
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     with RESULTS.open("a", encoding="utf-8") as file:
         for metric in METRICS:
@@ -56,7 +59,8 @@ def record(folder: Path, seed: int, draw: int, wall: float, cpu: float) -> None:
                 continue
             found = compared[metric]
             beside = [value for value in guided.get(metric, []) if value is not None]
-            row = {"op": "quickstart", "seed": seed, "draw": draw, "metric": metric, "before": round(found["before"]["mean"], 4),
+            row = {"op": "quickstart", "algorithm": algorithm, "seed": seed, "draw": draw, "metric": metric,
+                   "before": round(found["before"]["mean"], 4),
                    "after": round(found["after"]["mean"], 4),
                    "gain": [round(found["gain"][key], 4) for key in ("low", "mean", "high")], "count": found["gain"]["count"],
                    "base_guidance_3": round(sum(beside) / len(beside), 4) if beside else None, "wall_s": round(wall), "cpu_s": round(cpu),

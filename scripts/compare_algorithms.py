@@ -63,7 +63,7 @@ class Method:
     """
 
     title: str
-    config: str | None = "quickstart"
+    config: str | None = "embedded_grpo"
     overrides: tuple[str, ...] = ()
     trained_on: str = "gold"
     negative: bool = False
@@ -143,7 +143,7 @@ def run(method: Method, seed: int, folder: Path, overrides: Sequence[str]) -> Ou
     if method.pairs is not None:
         scored = make_pairs(method.pairs, seed, folder.with_name(folder.name + "-pairs"))
         extra.append(f"data.preferences.path={folder.with_name(folder.name + '-pairs')}")
-    config = load_config(method.config or "quickstart", extra)
+    config = load_config(method.config or "embedded_grpo", extra)
     processes = Processes.start(config.model.device)
     parts = build(config, processes)
     loop.run(parts, config, folder, processes)
@@ -208,7 +208,7 @@ def against(config: Config, parts: Parts, folder: Path) -> tuple[dict[str, Any],
 def guided(weight: float, seed: int, folder: Path) -> Outcome:
     """The untrained model, plain and tilted by the proxy's gradient."""
     # Nothing is trained: the seed changes the noise that is judged.
-    config = load_config("quickstart", [*EVALUATION, f"evaluation.seed={3_000_000 + 1000 * seed}"])
+    config = load_config("embedded_grpo", [*EVALUATION, f"evaluation.seed={3_000_000 + 1000 * seed}"])
     parts = build(config, Processes.start(config.model.device))
     call = {**config.model.call, **config.model.eval_call}
     policy = PipelinePolicy.from_pretrained(str(resolve_path(config.model.path)), **call)

@@ -55,8 +55,8 @@ def quickstart() -> str:
     found = rows("quickstart")
     if not found:
         return ""
-    draw = max(row.get("draw", 0) for row in found)
-    found = [row for row in found if row.get("draw", 0) == draw]
+    draw = found[-1].get("draw", 0)
+    found = [row for row in found if row.get("draw", 0) == draw and row.get("algorithm", "grpo") == found[-1].get("algorithm", "grpo")]
     seeds = sorted({row["seed"] for row in found})
     latest = {(row["metric"], row["seed"]): row for row in found}
     lines = [

@@ -155,8 +155,8 @@ def test_recipes_name_parts_that_exist(name: str) -> None:
 
 
 def test_the_promised_recipes_are_all_there() -> None:
-    assert {"quickstart", "sd35_flow_grpo", "sd35_flow_grpo_fast", "flux_dance_grpo", "flux_mix_grpo", "flux_pref_grpo", "sdxl_ddpo",
-            "wan_flow_grpo"} <= set(recipe_names())
+    assert {"quickstart", "embedded_grpo", "sd35_flow_grpo", "sd35_flow_grpo_fast", "flux_dance_grpo", "flux_mix_grpo", "flux_pref_grpo",
+            "sdxl_ddpo", "wan_flow_grpo"} <= set(recipe_names())
 
 
 def test_recipe_comments_survive_printing() -> None:
