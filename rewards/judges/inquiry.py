@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +12,8 @@ import torch
 from visalign.rewards.judges.parsers import is_refusal
 from visalign.rewards.judges.question import Answer, Backend, Question, Reply, Verdict
 from visalign.types import Scores
+
+logger = logging.getLogger(__name__)
 
 Reading = Verdict | str
 
@@ -52,6 +55,10 @@ class Inquiry:
             raise ValueError(f"model '{self.backend.model}' was asked for the log-probabilities of its answers and gave none; serve it "
                              "with them (vLLM does) or use a template that reads text")
         self.telemetry = _account(readings, replies)
+        unclear = [reply.answer.text for reading, reply in zip(readings, replies, strict=True) if reading == "parse" and reply.answer]
+        if unclear:
+            logger.warning("judge '%s': %d of %d answers could not be read, the first is %.200r", self.backend.model, len(unclear),
+                           len(readings), unclear[0])
         row_of = {question: row for row, question in enumerate(dict.fromkeys(questions))}
         return [readings[row_of[question]] for question in questions]
 

@@ -23,7 +23,7 @@ class LocalModel:
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
             dtype: "auto" as stored, or a torch name such as "bfloat16".
         Raises:
-            ValueError: the processor has no chat template.
+            ValueError: the processor has no chat template, or weights are missing.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -33,8 +33,7 @@ class LocalModel:
         if not getattr(self._processor, "chat_template", None):
             raise ValueError(f"the processor of '{folder}' has no chat template; use an instruction-tuned model or put "
                              "chat_template.jinja into its folder")
-        network: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
-        self._network = network.to(self.device).requires_grad_(False).eval()
+        self._network = load_whole(AutoModelForImageTextToText, folder, dtype).to(self.device)
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
         """One answer per question, none of which can fail but for want of memory."""
@@ -73,3 +72,17 @@ class LocalModel:
     def _ends(self) -> set[int]:
         ends = self._network.generation_config.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
+
+
+def load_whole(kind: Any, folder: str, dtype: str) -> Any:
+    """A frozen model of which every weight was in the folder: transformers makes up the missing ones with no more than a warning.
+
+    Raises:
+        ValueError: names the missing weights.
+    """
+    network, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"'{folder}' lacks {len(missing)} weights of a {type(network).__name__} (the first is {missing[0]}), which would "
+                         "be random; use a checkpoint of that architecture")
+    return network.requires_grad_(False).eval()

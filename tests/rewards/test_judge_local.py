@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from io import BytesIO
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.rewards.tiny_judge import make
 from visalign.rewards.judges.images import png
@@ -87,6 +89,15 @@ def test_a_processor_without_a_chat_template(folder, tmp_path):
             os.link(os.path.join(folder, name), tmp_path / name)
     with pytest.raises(ValueError, match="no chat template"):
         LocalModel(str(tmp_path))
+
+
+def test_weights_that_are_missing_are_not_made_up(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    save_file({name: tensor for name, tensor in weights.items() if "down_proj" not in name}, tmp_path / "cut" / "model.safetensors",
+              {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of a LlavaFor.*down_proj"):
+        LocalModel(str(tmp_path / "cut"))
 
 
 @pytest.fixture(scope="module")

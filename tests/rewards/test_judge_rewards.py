@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.rewards.misbehaving_server import CLOSE, HANG, REFUSAL, MisbehavingServer, completion
 from visalign.credit import RewardTerm, assign_credit
+from visalign.plugins import load_reward
 from visalign.protocols import PairwiseReward, Reward
 from visalign.rewards.judges.pairwise import PairwiseJudge
 from visalign.rewards.judges.pointwise import PointwiseJudge
@@ -120,6 +121,19 @@ def test_an_unreadable_answer_is_asked_about_once():
         assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
         assert second["messages"][:1] == first["messages"]
         assert compare(PairwiseJudge(backend(server), repairs=0), [(9, 3)]).reasons == ("parse",)
+
+
+def test_an_answer_that_cannot_be_read_is_shown(caplog):
+    with MisbehavingServer(["Both have their merits."]) as server:
+        compare(PairwiseJudge(backend(server)), [(9, 3)])
+    assert "1 of 1 answers could not be read, the first is 'Both have their merits.'" in caplog.text
+
+
+def test_a_judge_by_name_inside_a_win_rate():
+    judge = {"reward": "visalign.rewards.judges.pairwise:PairwiseJudge", "backend": {"base_urls": "http://localhost:1/v1", "model": "m"}}
+    reward = load_reward("win_rate", judge=judge)
+    assert reward.spec.name == "pairwise_judge_win_rate"
+    assert reward.spec.model_ids == ("m",)
 
 
 def test_equal_questions_are_asked_once():

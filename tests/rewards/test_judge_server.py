@@ -1,5 +1,7 @@
 """The chat server's client against a server that misbehaves: what went wrong is said, nothing is invented, nothing is asked twice."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -142,6 +144,16 @@ def test_the_key_comes_from_the_environment(monkeypatch):
     assert server.headers[0]["Authorization"] == "Bearer secret"
 
 
+def test_servers_elsewhere_are_reached_through_the_environments_proxy(monkeypatch):
+    with MisbehavingServer([GOOD]) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        reply, = client("http://judge.invalid:8000/v1").ask([question()])
+    assert reply.answer.text == GOOD
+    assert proxy.headers[0]["Host"] == "judge.invalid:8000"
+
+
 def test_nothing_is_asked_twice_after_a_crash(tmp_path):
     questions = [question(str(i)) for i in range(4)]
     with MisbehavingServer([GOOD, GOOD, 401]) as server, pytest.raises(ValueError, match="api_key_env"):
@@ -152,6 +164,29 @@ def test_nothing_is_asked_twice_after_a_crash(tmp_path):
         assert [reply.attempts for reply in replies] == [0, 0, 1, 1]
         assert [reply.answer.text[6] for reply in replies] == list("1122")
         assert all(reply.attempts == 0 for reply in client(server, cache_dir=tmp_path).ask(questions))
+
+
+def test_nothing_is_asked_twice_after_a_kill(tmp_path):
+    script = """if True:
+        import sys
+        from visalign.rewards.judges.question import Question
+        from visalign.rewards.judges.server import ChatServer
+        url, folder = sys.argv[1:]
+        asked = [Question(str(i), (b"png",), 8) for i in range(5)]
+        ChatServer(url, "judge", cache_dir=folder, concurrency=1, pause=0.01).ask(asked)
+    """
+    processes = []
+
+    def kill(request):
+        processes[0].kill()
+        return CLOSE
+
+    with MisbehavingServer([GOOD, GOOD, kill, GOOD]) as server:
+        processes.append(subprocess.Popen([sys.executable, "-c", script, server.url, str(tmp_path)]))
+        assert processes[0].wait(60) != 0
+        replies = client(server, cache_dir=tmp_path, concurrency=1).ask([Question(str(i), (b"png",), 8) for i in range(5)])
+    assert [reply.attempts for reply in replies] == [0, 0, 1, 1, 1]
+    assert len(server.requests) == 3 + 3
 
 
 def test_failures_are_not_kept(tmp_path):

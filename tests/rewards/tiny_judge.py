@@ -20,14 +20,14 @@ TEMPLATE = ("{% for message in messages %}{{ message['role'] }}: {% if message['
 WORDS = ["Yes", "No", "1", "2", "Image", "is", "better", ".", ":", "user", "assistant", " "]
 
 
-def make(folder):
+def make(folder, extra_tokens=()):
     """Write the model and its processor."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<end>", "<image>", *WORDS])}
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<end>", "<image>", *WORDS, *extra_tokens])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|[^\w\s]"), "isolated")
     words.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="<end>",
-                                        additional_special_tokens=["<image>"])
+                                        additional_special_tokens=["<image>", *extra_tokens])
     pictures = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
     LlavaProcessor(pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE,
                    num_additional_image_tokens=1).save_pretrained(folder)

@@ -1,0 +1,120 @@
+"""A language model with a reward head: the hidden states at special tokens go through a small network (HPSv3, VideoReward's heads).
+
+    raw = sum_k (head(h_k)[r_k] - mean_k) / std_k        h_k: last hidden state at the k-th token, r_k: 0, or k for "diagonal"
+
+Attention is causal, so an axis whose token comes before the caption cannot depend on the caption. Sources: HPSv3, arXiv:2508.03789 (one
+token; the head gives mu and sigma, of which mu is the score); VideoReward, arXiv:2501.13918 (one token per axis, one column per axis).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from visalign.protocols import RewardSpec
+from visalign.rewards.judges.captions import fill
+from visalign.rewards.judges.images import files
+from visalign.rewards.judges.inquiry import scores_of
+from visalign.rewards.judges.local import load_whole
+from visalign.rewards.judges.question import Verdict
+from visalign.types import Media, Prompt, Scores
+
+
+class RewardTokenScore:
+    """Scores images, or videos as frames, by a regression head in this process, in float32 after the language model."""
+
+    def __init__(self, folder: str, head: str, tokens: Mapping[str, str], wording: str, *, readout: Literal["first", "diagonal"] = "first",
+                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None, modality: Literal["image", "video"] = "image",
+                 num_frames: int = 8, device: str | None = None, dtype: str = "auto", name: str = "reward_token") -> None:
+        """
+        Args:
+            folder: the language model with its adapters merged, its processor with the special tokens, and a chat template.
+            head: safetensors file with the head's tensors under ``rm_head.``: one linear layer, or several with ReLU between them.
+            tokens: axis -> special token, in the order of the head's columns, e.g. {"preference": "<|Reward|>"}.
+            wording: the text after the picture(s) with every token once and ``{prompt}``. Heads are fitted to exact words: take those of
+                the checkpoint.
+            readout: "first" takes the head's first output at every token, "diagonal" the k-th at the k-th.
+            mean, std: per axis, of the z-score; ``None`` leaves the head's scale.
+            device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
+            dtype: of the language model, "auto" as stored.
+        Raises:
+            ValueError: a token is not one entry of the vocabulary or not once in the wording, or the head does not fit.
+        """
+        from transformers import AutoModel, AutoProcessor
+
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._processor: Any = AutoProcessor.from_pretrained(folder)
+        self._network = load_whole(AutoModel, folder, dtype).to(self.device)
+        self.wording, self.readout, self.num_frames = wording, readout, num_frames
+        self.axes = tuple(tokens)
+        self._token_ids = [_token_id(self._processor.tokenizer, token, wording) for token in tokens.values()]
+        if "{prompt}" not in wording:
+            raise ValueError("the wording has no {prompt}: scores would not depend on the caption")
+        self._layers = [(weight.to(self.device), bias.to(self.device)) for weight, bias in _layers(head)]
+        columns, needed = len(self._layers[-1][0]), len(tokens) if readout == "diagonal" else 1
+        if columns < needed:
+            raise ValueError(f"{head}: the head has {columns} outputs, {len(tokens)} tokens read diagonally need {needed}")
+        self.mean, self.std = list(mean or [0.0] * len(tokens)), list(std or [1.0] * len(tokens))
+        if len(self.mean) != len(tokens) or len(self.std) != len(tokens) or not all(value > 0 for value in self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std} need one number for each of {', '.join(tokens)}, std above 0")
+        self.spec = RewardSpec(name=name, modality=frozenset({modality}), requires=frozenset({"prompt"}), model_ids=(folder, head),
+                               version=readout)
+
+    @torch.no_grad()
+    def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
+        """One score per sample, its axes as details."""
+        return scores_of([self._verdict(files(sample, self.num_frames, None), prompt.text)
+                          for sample, prompt in zip(media, prompts, strict=True)])
+
+    def _verdict(self, pictures: Sequence[bytes], caption: str) -> Verdict:
+        content: list[dict[str, Any]] = [{"type": "image", "image": Image.open(BytesIO(one)).convert("RGB")} for one in pictures]
+        content.append({"type": "text", "text": fill(self.wording, caption)})
+        inputs = self._processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True,
+                                                     return_tensors="pt").to(self.device, self._network.dtype)
+        tokens = inputs["input_ids"][0]
+        places = [(tokens == token).nonzero() for token in self._token_ids]
+        # as_data breaks special tokens in captions, so a second one means a chat template that adds it.
+        assert all(len(place) == 1 for place in places), [len(place) for place in places]
+        hidden = self._network(**inputs).last_hidden_state[0]
+        values = self._head(hidden[torch.cat(places)[:, 0]].float())
+        read = values.diagonal() if self.readout == "diagonal" else values[:, 0]
+        scores = [(value - mean) / std for value, mean, std in zip(read.tolist(), self.mean, self.std, strict=True)]
+        return Verdict(sum(scores), dict(zip(self.axes, scores, strict=True)))
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        for index, (weight, bias) in enumerate(self._layers):
+            hidden = (hidden.relu() if index else hidden) @ weight.T + bias
+        return hidden
+
+
+def _token_id(tokenizer: Any, token: str, wording: str) -> int:
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise ValueError(f"'{token}' is no token of the model's vocabulary; use the tokenizer that was saved with the checkpoint")
+    if wording.count(token) != 1:
+        raise ValueError(f"the wording has '{token}' {wording.count(token)} times; it must be there once")
+    return int(ids[0])
+
+
+def _layers(head: str) -> list[tuple[Tensor, Tensor]]:
+    """Weights (out, in) and biases (out,) in order, float32."""
+    if not Path(head).is_file():
+        raise ValueError(f"no file {head}; head must be a safetensors file with rm_head.* tensors")
+    tensors = {name.rpartition("rm_head.")[2]: tensor.float() for name, tensor in load_file(head).items() if "rm_head." in name}
+    names = sorted((name for name in tensors if name.endswith("weight")), key=lambda name: [int(one) for one in re.findall(r"\d+", name)])
+    if not names:
+        raise ValueError(f"{head} has no rm_head.*weight")
+    found = [(tensors[name], tensors.get(name.removesuffix("weight") + "bias", torch.zeros(len(tensors[name])))) for name in names]
+    for (before, _), (after, _) in pairwise(found):
+        if after.shape[1] != before.shape[0]:
+            raise ValueError(f"{head}: layers of {tuple(before.shape)} and {tuple(after.shape)} do not follow one another")
+    return found
