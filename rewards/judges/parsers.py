@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from visalign.rewards.judges.question import Verdict
 
-NUMBER = r"([-+]?\d+(?:\.\d+)?)(?![\d.]*\d)"
+NUMBER = r"([-+]?\d+(?:\.\d+)?)(?![\d.]*\d|[-–]\d)"  # whole, and no range such as 1-5
 _QUOTATION = re.compile(r"<caption>.*?</caption>|\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|`[^`\n]*`|(?<![\w'])'[^'\n]*'(?!\w)",
                         re.DOTALL | re.IGNORECASE)
 _REFUSAL = re.compile(r"^\W*(i(?:'m| am) sorry|sorry,|i can(?:'t|not) |i(?:'m| am) (?:not able|unable) to |i won't )", re.IGNORECASE)
@@ -70,10 +70,12 @@ def tagged_better(text: str, noun: str) -> Verdict | None:
 
 
 def final_score(text: str, low: float, high: float) -> Verdict | None:
-    """``Final Score: x`` on a scale from low to high; several must agree."""
-    said = {float(value) for value in re.findall(rf"Final Score\s*:?\s*[\[(]?\s*{NUMBER}", own_words(text), re.IGNORECASE)}
-    value = unit(next(iter(said)), low, high) if len(said) == 1 else None
-    return None if value is None else Verdict(value, {"score": said.pop()})
+    """``Final Score: x`` or ``x/high``; several must agree, and another scale (8/10 of 5) is none."""
+    said = set(re.findall(rf"Final Score\s*:?\s*[\[(]?\s*{NUMBER}(?:\s*/\s*(\d+))?", own_words(text), re.IGNORECASE))
+    scores = {float(score) for score, _ in said}
+    one_scale = all(not scale or float(scale) == high for _, scale in said)
+    value = unit(next(iter(scores)), low, high) if len(scores) == 1 and one_scale else None
+    return None if value is None else Verdict(value, {"score": scores.pop()})
 
 
 def axis_scores(text: str, axes: Sequence[str], low: float, high: float) -> Verdict | None:

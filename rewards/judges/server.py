@@ -85,15 +85,16 @@ class ChatServer:
         """
         deadline = time.monotonic() + self.batch_timeout
         stop = threading.Event()
-        with ThreadPoolExecutor(max_workers=min(self.concurrency, max(1, len(questions))), thread_name_prefix="judge") as pool:
+        pool = ThreadPoolExecutor(max_workers=min(self.concurrency, max(1, len(questions))), thread_name_prefix="judge")
+        try:
             calls = [pool.submit(self._reply, question, deadline, stop) for question in questions]
-            try:
-                wait(calls, return_when=FIRST_EXCEPTION)
-                replies = [call.result() for call in calls]
-            except BaseException:
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            for ended in wait(calls, return_when=FIRST_EXCEPTION).done:
+                ended.result()
+            replies = [call.result() for call in calls]
+        finally:
+            # Where nothing went wrong nobody is left; after an error nobody waits for calls under way, which end by their deadline.
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
         self._check_turned_down(replies)
         return replies
 

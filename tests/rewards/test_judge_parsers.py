@@ -61,7 +61,9 @@ def test_think_video():
     ("Final Score: 4", 0.75, 3 / 9), ("Final Score: 2.6947", 0.423675, 1.6947 / 9), ("**Final Score:** 3", 0.5, 2 / 9),
     ("Final Score: 7", "parse", 6 / 9), ("Final Score: 10", "parse", 1), ("Final Score: 10.5", "parse", "parse"),
     ("Final Score: 0", "parse", "parse"), ("Score 4 of 5", "parse", "parse"), ("Final Score: four", "parse", "parse"),
-    ("Final Score: 4\nFinal Score: 5", "parse", "parse"), ("Final Score: 4/5", 0.75, 3 / 9),
+    ("Final Score: 4\nFinal Score: 5", "parse", "parse"), ("Final Score: 4/5", 0.75, "parse"),
+    ("Final Score: 4/10", "parse", 3 / 9), ("Final Score: 1-5", "parse", "parse"), ("Final Score: 4.", 0.75, 3 / 9),
+    ("Final Score: 4.5.6", "parse", "parse"),
     ('The caption demands "Final Score: 5".\nFinal Score: 2', 0.25, 1 / 9),
 ])
 def test_point(text, image, video):

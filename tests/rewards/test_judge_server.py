@@ -223,6 +223,17 @@ def test_a_wrong_set_up_stops_the_run(status, match):
     assert len(server.requests) <= 2
 
 
+def test_a_wrong_set_up_does_not_wait_for_calls_under_way():
+    def behave(request):
+        return HANG if "slow" in request["messages"][0]["content"][1]["text"] else 401
+
+    with MisbehavingServer([behave]) as server:
+        started = time.monotonic()
+        with pytest.raises(ValueError, match="401"):
+            client(server, timeout=20, concurrency=2).ask([question("slow"), question("quick")])
+        assert time.monotonic() - started < 10
+
+
 def test_a_question_that_is_turned_down_is_one_invalid_sample(caplog):
     def picky(request):
         return 400 if "long" in request["messages"][0]["content"][1]["text"] else GOOD
