@@ -64,6 +64,13 @@ def test_answers_depend_on_the_pictures_and_their_order(judge):
     assert len(set(ask)) == 3
 
 
+def test_half_precision_is_the_same_judge(folder, judge):
+    question = Question("Image 1 is better", PICTURES, 1, 20)
+    half, = LocalModel(folder, device="cpu", dtype="bfloat16").ask([question])
+    full, = judge.ask([question])
+    assert half.answer.first_token == pytest.approx(full.answer.first_token, abs=0.05)
+
+
 def test_a_repair_is_a_conversation(judge):
     reply, = judge.ask([Question("Image 1 is better", PICTURES, 3, exchanges=(("Yes", "1 or 2 .",),))])
     assert reply.answer.truncated

@@ -1,5 +1,6 @@
 """The chat server's client against a server that misbehaves: what went wrong is said, nothing is invented, nothing is asked twice."""
 
+import random
 import subprocess
 import sys
 import time
@@ -103,6 +104,22 @@ def test_a_hanging_replica_costs_one_timeout_not_one_per_question():
         replies = client(stuck, server, concurrency=2, timeout=0.2, pause=5).ask([question(str(i)) for i in range(12)])
     assert all(reply.answer for reply in replies)
     assert len(stuck.requests) <= 2
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_in_a_storm_every_answer_is_its_questions_own(seed, nobody):
+    trouble = random.Random(seed)
+
+    def stormy(request):
+        what = trouble.choice([500, CLOSE, HALF, GARBAGE, TRUNCATED_JSON, (429, 0), 503, None, None, None])
+        return "echo " + request["messages"][0]["content"][1]["text"] if what is None else what
+
+    with MisbehavingServer([stormy]) as one, MisbehavingServer([stormy]) as other:
+        replies = client(one, nobody, other, concurrency=8, retries=4, pause=0.001).ask([question(str(i)) for i in range(60)])
+    answered = {i: reply.answer.text for i, reply in enumerate(replies) if reply.answer}
+    assert answered == {i: f"echo {i}" for i in answered}
+    assert 30 < len(answered) <= 60
+    assert all(reply.reason is None or reply.attempts == 5 for reply in replies)
 
 
 def test_replicas_share_the_work():
