@@ -82,7 +82,7 @@ class ClipScore:
         """
         self.encoder = open_clip_encoder(model, pretrained, name=name, resize_mode=resize_mode, batch_size=batch_size, device=device,
                                          cache_dir=cache_dir)
-        self.model, self.preprocess = self.encoder.model, self.encoder.preprocess
+        self.model, self.preprocess = self.encoder.model, self.encoder.preprocessing.of_pil
         self.batch_size = batch_size
         self.video_frames = video_frames
         config = PreprocessCfg(**self.model.visual.preprocess_cfg)

@@ -32,6 +32,41 @@ class Tokenizer(Protocol):
     def __call__(self, texts: list[str], context_length: int | None = None) -> Tensor: ...
 
 
+class Preprocessing:
+    """Images to the normalised pixels a network takes: on PIL images, and the same steps on tensors."""
+
+    def __init__(self, config: PreprocessCfg, name: str) -> None:
+        """
+        Args:
+            config: size, resize mode, interpolation, mean and std.
+            name: of the reward it works for, in errors.
+        """
+        self.name = name
+        self.of_pil = image_transform_v2(config, is_train=False)
+        # On tensors the padding colour is a fraction of 1 instead of 255.
+        self._tensor_steps = image_transform_v2(
+            replace(config, fill_color=config.fill_color / 255), is_train=False).transforms  # type: ignore[arg-type]
+
+    def of_image(self, image: Tensor) -> Tensor:
+        """Pixels of one uint8 image (3, H, W), through PIL."""
+        return self.of_pil(Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()))
+
+    def of_pixels(self, images: Tensor) -> Tensor:
+        """Pixels with gradients to the images, float (B, 3, H, W) in [0, 1].
+
+        Raises:
+            ValueError: not of that shape or type.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"{self.name}: media are {images.dtype} {tuple(images.shape)}; expected float (B, 3, H, W) in [0, 1]")
+        pixels = images.float()
+        *geometry, normalise = self._tensor_steps
+        for step in geometry:
+            pixels = _resize_keep_ratio(pixels, step) if isinstance(step, ResizeKeepRatio) else step(pixels)
+        # Bicubic overshoots at edges; PIL clips there, so does this path.
+        return normalise(pixels.clamp(0, 1))
+
+
 class DualEncoder:
     """Unit embeddings, float32 even inside a caller's autocast. Weights are frozen; gradients reach pixels only."""
 
@@ -54,23 +89,14 @@ class DualEncoder:
         self.name = name
         self.batch_size = batch_size
         _check_tokenizer(tokenizer, name)
-        self.preprocess = image_transform_v2(preprocess, is_train=False)
-        # The same steps on tensors, whose padding colour is a fraction of 1 instead of 255.
-        self._tensor_steps = image_transform_v2(
-            replace(preprocess, fill_color=preprocess.fill_color / 255), is_train=False).transforms  # type: ignore[arg-type]
+        self.preprocessing = Preprocessing(preprocess, name)
         self._warned = False
 
     @torch.no_grad()
     def images(self, images: Sequence[Tensor]) -> Tensor:
         """Embeddings of uint8 images (3, H, W) of any sizes, on the encoder's device, (n, d)."""
-        pixels = (self.preprocess(Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())) for image in images)
-        rows, batch = [], []
-        for one in pixels:
-            batch.append(one)
-            if len(batch) == self.batch_size:
-                rows.append(self.embed(torch.stack(batch)))
-                batch = []
-        return torch.cat([*rows, self.embed(torch.stack(batch))] if batch else rows)
+        return torch.cat([self.embed(torch.stack([self.preprocessing.of_image(image) for image in images[i:i + self.batch_size]]))
+                          for i in range(0, len(images), self.batch_size)])
 
     def pixels(self, images: Tensor) -> Tensor:
         """Embeddings with gradients to the images, float (B, 3, H, W) in [0, 1]; (B, d).
@@ -78,14 +104,7 @@ class DualEncoder:
         Raises:
             ValueError: not of that shape or type.
         """
-        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"{self.name}: media are {images.dtype} {tuple(images.shape)}; expected float (B, 3, H, W) in [0, 1]")
-        pixels = images.float()
-        *geometry, normalise = self._tensor_steps
-        for step in geometry:
-            pixels = _resize_keep_ratio(pixels, step) if isinstance(step, ResizeKeepRatio) else step(pixels)
-        # Bicubic overshoots at edges; PIL clips there, so does this path.
-        return self.embed(normalise(pixels.clamp(0, 1)))
+        return self.embed(self.preprocessing.of_pixels(images))
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
