@@ -23,7 +23,7 @@ from visalign.types import Media, MediaKind, Prompt
 
 SUFFIX: Mapping[MediaKind, str] = {"image": ".png", "video": ".mp4", "audio": ".wav", "mesh": ".obj"}
 KIND: Mapping[str, MediaKind] = {".png": "image", ".jpg": "image", ".jpeg": "image", ".webp": "image", ".bmp": "image",
-                                 ".mp4": "video", ".mov": "video", ".webm": "video", ".wav": "audio",
+                                 ".mp4": "video", ".mov": "video", ".webm": "video", ".wav": "audio", ".flac": "audio",
                                  ".obj": "mesh", ".ply": "mesh", ".glb": "mesh", ".stl": "mesh"}
 INDEX = "samples.jsonl"
 
@@ -67,7 +67,8 @@ def load_media(path: Path) -> Media:
     """Read one file; the suffix says what it is. Alpha channels are composed over white.
 
     Raises:
-        ValueError: an unknown suffix, an unreadable file, a video without PyAV, or a mesh other than OBJ without trimesh.
+        ValueError: an unknown suffix, an unreadable file, a video without PyAV, audio other than 16-bit
+            WAV without soundfile, or a mesh other than OBJ without trimesh.
     """
     kind = KIND.get(path.suffix.lower())
     if kind is None:
@@ -187,13 +188,24 @@ def _save_audio(media: Media, path: Path) -> None:
 
 
 def _load_audio(path: Path) -> Media:
-    with wave.open(str(path), "rb") as file:
-        if file.getsampwidth() != 2:
-            raise ValueError(f"{path}: {8 * file.getsampwidth()}-bit samples; convert to 16-bit PCM")
-        flat = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32767
-        channels, rate = file.getnchannels(), file.getframerate()
-    data = torch.from_numpy(flat.reshape(-1, channels).T.copy()).clamp(-1, 1)
-    return Media(kind="audio", data=data, rate=float(rate))
+    """16-bit WAV needs no package; FLAC and WAV of other sample formats are read by soundfile. Floats beyond [-1, 1] are clipped."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            if file.getsampwidth() == 2:
+                flat = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2").astype(np.float32) / 32767
+                data = torch.from_numpy(flat.reshape(-1, file.getnchannels()).T.copy()).clamp(-1, 1)
+                return Media(kind="audio", data=data, rate=float(file.getframerate()))
+    except wave.Error:
+        pass  # not PCM
+    try:
+        import soundfile
+    except ImportError:
+        raise ValueError(f"{path}: audio other than 16-bit WAV needs soundfile: pip install 'visalign[audio]'") from None
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path}: not a readable audio file ({error})") from error
+    return Media(kind="audio", data=torch.from_numpy(samples.T.copy()).clamp(-1, 1), rate=float(rate))
 
 
 def _save_mesh(media: Media, path: Path) -> None:

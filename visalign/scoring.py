@@ -122,7 +122,7 @@ def _media_problem(spec: RewardSpec, sample: Media) -> str | None:
         hint = "; convert with (x.clamp(0, 1) * 255).round().to(torch.uint8)" if dtype == torch.uint8 else ""
         return got + hint
     channel_axis = {"image": 0, "video": 1, "mesh": 1}.get(sample.kind)
-    if data.dim() != dims or 0 in data.shape or (channel_axis is not None and data.shape[channel_axis] != 3):
+    if data.dim() != dims or (0 in data.shape and sample.kind != "mesh") or (channel_axis is not None and data.shape[channel_axis] != 3):
         return got
     if sample.kind == "audio" and not bool((data.abs() <= 1).all()):
         return f"values reach {float(data.abs().max()):.3g}, expected [-1, 1]; divide by the peak or clamp"
