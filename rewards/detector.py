@@ -119,6 +119,7 @@ class DetectedObjects:
         return request
 
     def _judge(self, image: Tensor, request: Request) -> Terms:
+        image = image.cpu()
         detections = self.detector(image, max(self.threshold, COUNTING_THRESHOLD) if request.counting else self.threshold)
         found = by_class(detections)
         colored = {wanted.name for wanted in request.include if wanted.color}

@@ -5,6 +5,7 @@ import torch
 from torchvision.models.optical_flow import raft_small
 
 from visalign.maths.optical_flow import fastest_motion, lucas_kanade, motion_smoothness
+from visalign.media import load_media, save_media
 from visalign.protocols import Reward
 from visalign.rewards.flow_smoothness import FlowSmoothness
 from visalign.types import Media, Prompt
@@ -97,6 +98,14 @@ def test_dynamics_grow_with_speed_and_rate_up_to_the_threshold():
     torch.testing.assert_close(halved.details["motion"][1], 2 * halved.details["motion"][0])
     torch.testing.assert_close(halved.details["dynamics"][1], 2 * halved.details["dynamics"][0])
     assert say(video(MOVING), video(FAST)).details["dynamics"].tolist() == [1.0, 1.0]
+
+
+def test_the_order_survives_an_mp4_file(tmp_path):
+    pytest.importorskip("av")
+    samples = [video(MOVING), video(TREMBLING), video(FROZEN)]
+    moving, trembling, frozen = say(*(load_media(save_media(one, tmp_path / str(row))) for row, one in enumerate(samples))).raw.tolist()
+    assert moving > 0.9 > 0.2 > trembling > frozen
+    assert frozen < 0.01
 
 
 def test_size_and_batches():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visalign import playground
+from visalign.plugins import load_reward
 from visalign.protocols import DifferentiableReward, Reward, RewardSpec
 from visalign.rewards.clip import ClipScore
 from visalign.rewards.framewise import FrameWise
@@ -97,6 +98,15 @@ def test_gradients_reach_the_frames_that_count(clip, reduce, num_touched):
     touched = (gradient.flatten(2).abs().amax(dim=2) > 0)[0].tolist()
     assert sum(touched) == num_touched
     assert not any(touched[1::2])
+
+
+def test_it_wraps_a_reward_named_in_a_configuration():
+    reward = load_reward("visalign.rewards.framewise:FrameWise", image={"reward": "jpeg_compressibility"}, reduce="min")
+    inner = load_reward("jpeg_compressibility")
+    noisy = torch.randint(0, 256, (2, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noisy[0] //= 8
+    sizes = inner.score([Media("image", frame) for frame in noisy], [Prompt("a")] * 2, [0, 0]).value
+    assert reward.score([Media("video", noisy, rate=8.0)], [Prompt("a")], [0]).value.item() == sizes.min().item() < sizes.max().item()
 
 
 def test_prompts_are_checked_by_the_image_reward_before_anything_runs():
