@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visalign.maths.winrate import all_pairs, bradley_terry, combine_orders, d_regular, ring, win_rates
-from visalign.protocols import PairwiseReward, Reward, RewardSpec
+from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec
 from visalign.types import Comparisons, Media, Prompt, Scores
 
 Pairs = Sequence[tuple[int, int]]
@@ -81,6 +81,10 @@ class WinRate:
             name=name or f"{judge.spec.name}_win_rate", arity="groupwise", modality=judge.spec.modality, requires=judge.spec.requires,
             deterministic=judge.spec.deterministic, raw_range=(0.0, 1.0), model_ids=judge.spec.model_ids, licence=judge.spec.licence,
             version=f"{judge.spec.version}-{schedule}-{'swap' if swap else 'one-order'}")
+
+    def telemetry(self) -> Mapping[str, float]:
+        """What the judge tells of its latest call; empty for judges that tell nothing."""
+        return self.judge.telemetry() if isinstance(self.judge, Reports) else {}
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """Win rates of all groups; the judge is asked once, about all pairs of all groups.

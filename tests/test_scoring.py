@@ -7,7 +7,7 @@ from visalign.plugins import load_reward
 from visalign.protocols import RewardSpec
 from visalign.rewards.function import FunctionReward
 from visalign.rewards.jpeg import JpegCompressibility
-from visalign.scoring import check_inputs, check_prompts, score
+from visalign.scoring import check_inputs, check_prompts, score, telemetry
 from visalign.types import Media, Prompt, Scores
 
 IMAGE = Media("image", torch.zeros(3, 4, 4, dtype=torch.uint8))
@@ -107,3 +107,17 @@ def test_missing_metadata_names_reward_row_key_and_fix():
     with pytest.raises(ValueError, match="prompt 0: the text is empty"):
         check_prompts(spec, [Prompt(" ", metadata={"target_text": "SALE"})])
     check_prompts(spec, prompts[:1])
+
+
+def test_telemetry_is_that_of_the_rewards_that_tell():
+    class Telling:
+        spec = RewardSpec(name="telling")
+
+        def score(self, media, prompts, group_id):
+            return Scores.from_values([1.0] * len(media))
+
+        def telemetry(self):
+            return {"valid_rate": 0.5}
+
+    silent = FunctionReward(lambda media, prompts: [1.0] * len(media), name="silent")
+    assert telemetry({"a": Telling(), "b": silent}) == {"judge/a/valid_rate": 0.5}

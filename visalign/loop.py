@@ -103,6 +103,7 @@ class Loop:
             trajectory = self.collect()
         with self.phase("score"):
             scores = self.score(trajectory)
+        self.timings |= scoring.telemetry(asked(self.parts.terms))
         experience, credit = self.credit(trajectory, scores)
         with self.phase("update"):
             metrics = {**credit.metrics, **self.update(experience)}

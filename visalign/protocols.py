@@ -195,6 +195,14 @@ class SetReward(Protocol):
 
 
 @runtime_checkable
+class Reports(Protocol):
+    """A reward that tells how its latest call went."""
+
+    def telemetry(self) -> Mapping[str, float]:
+        """``valid_rate``, ``latency_p50`` and ``latency_p95`` in seconds, ``failed/<reason>``, ...; without side effects."""
+
+
+@runtime_checkable
 class Remembers(Protocol):
     """A reward whose answers depend on earlier ones; its memory is checkpointed."""
 

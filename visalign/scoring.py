@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from visalign.protocols import Reward, RewardSpec, SetReward
+from visalign.protocols import Reports, Reward, RewardSpec, SetReward
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,12 @@ def _features(reward: SetReward, media: Sequence[Media], prompts: Sequence[Promp
     pending = torch.where(valid, 0.0, torch.nan)
     reasons = tuple(None if ok else "nonfinite" for ok in valid.tolist())
     return Scores(raw=pending, value=pending.clone(), valid=valid, reasons=reasons, features=features.double())
+
+
+def telemetry(rewards: Mapping[str, Reward | SetReward]) -> dict[str, float]:
+    """``judge/<reward>/<what>`` of every reward that tells how its latest call went; wall-clock numbers, so they are no metrics."""
+    return {f"judge/{name}/{key}": value for name, reward in rewards.items() if isinstance(reward, Reports)
+            for key, value in reward.telemetry().items()}
 
 
 @runtime_checkable
