@@ -109,7 +109,7 @@ def test_nested_rewards_are_loaded_from_mappings(package):
 
 
 @pytest.mark.parametrize(("target", "params", "message"), [
-    ("clop", {}, r"unknown reward 'clop', did you mean 'clip'\?; known: .*captions, clip, .*path/to/file.py:attribute"),
+    ("clop", {}, r"unknown reward 'clop', did you mean 'clip'\?; known: .*captions, clap, clip, .*path/to/file.py:attribute"),
     ("jpeg_compressibility", {"qualty": 3}, r"'qualty', did you mean 'quality'\?; it takes: quality=95, per_pixel=False"),
     ("plug_pkg.scores:Constant", {"repet": 1}, r"parameter 'repet', did you mean 'repeat'\?; missing parameter 'constant'"),
     ("plug_pkg.scores:mean_level", {"scal": 1}, r"unknown parameter 'scal', did you mean 'scale'\?.*direction"),
