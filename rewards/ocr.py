@@ -38,7 +38,8 @@ class WrittenText:
         """
         Args:
             max_length_ratio: c, at least 1.
-            config_path: rapidocr's own configuration, for other languages, engines or numbers of threads; ``None`` is what it comes with.
+            config_path: rapidocr's own configuration, for other languages, engines or numbers of threads; ``None`` is what it comes
+                with, on as many threads as torch uses.
         Raises:
             ValueError: rapidocr is not installed, or c is below 1.
         """
@@ -48,7 +49,10 @@ class WrittenText:
             from rapidocr import RapidOCR
         except ImportError as error:
             raise ValueError(f"reward '{name}' needs rapidocr and onnxruntime ({error}): pip install 'visalign[ocr]'") from error
-        self.engine: Any = RapidOCR(config_path=config_path, params={"Global.log_level": "critical"})
+        # onnxruntime takes every core it sees; processes that share a machine would wait for one another.
+        threads = {} if config_path else {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
+                                          "EngineConfig.onnxruntime.inter_op_num_threads": 1}
+        self.engine: Any = RapidOCR(config_path=config_path, params={"Global.log_level": "critical", **threads})
         self.max_length_ratio = max_length_ratio
         self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), raw_range=(0.0, 1.0), model_ids=(config_path or "rapidocr",),
                                licence="Apache-2.0", version=f"ratio-{max_length_ratio:g}")

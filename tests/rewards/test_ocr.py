@@ -66,7 +66,7 @@ def test_bad_settings_and_the_missing_package(monkeypatch):
 
 
 def written(*lines):
-    image = Image.new("RGB", (320, 40 + 50 * len(lines)), "white")
+    image = Image.new("RGB", (224, 160), "white")
     for row, line in enumerate(lines):
         ImageDraw.Draw(image).text((20, 20 + 50 * row), line, fill="navy", font=ImageFont.load_default(32))
     return Media("image", torch.tensor(list(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1))
