@@ -12,6 +12,7 @@ import torch
 
 from visalign import checkpoint
 from visalign.build_algorithm import build_algorithm
+from visalign.composition.named import build_combiner, build_shape
 from visalign.config import Config, GuardConfig, RewardConfig, UsersConfig, resolve_path
 from visalign.credit import RewardTerm
 from visalign.data import load_prompts
@@ -44,6 +45,8 @@ def build(config: Config, processes: Processes) -> Parts:
     prompts, eval_prompts = build_prompts(config, dataset)
     sampler: Sampler = build_sampler(config)
     terms, guards = build_rewards(config)
+    combiner = build_combiner(config.combine.name, config.combine.params, [term.name for term in terms], [term.weight for term in terms],
+                              config.algorithm.advantage.level)
     algorithm = build_algorithm(config, terms)
     # One seed for all processes: every one of them must draw the same adapter.
     checkpoint.seed_everything(derive_seed(config.train.seed, 0))
@@ -56,7 +59,8 @@ def build(config: Config, processes: Processes) -> Parts:
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
     train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
     return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=algorithm,
-                 terms=terms, guards=guards, prompts=prompts, eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
+                 terms=terms, combiner=combiner, guards=guards, prompts=prompts, eval_prompts=eval_prompts,
+                 save_adapter=policy.save_adapter)
 
 
 def read_preferences(config: Config) -> PreferenceDataset | None:
@@ -115,8 +119,9 @@ def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward]]:
 
     A run on a preference data set has one term, the scores recorded there."""
     loaded = {name: (entry, load(entry)) for name, entry in unique_names([*config.rewards, *config.guards]).items()}
-    terms = [RewardTerm(name=name, reward=reward, weight=entry.weight, required=entry.required)
-             for name, (entry, reward) in loaded.items() if isinstance(entry, RewardConfig)]
+    terms = [RewardTerm(name=name, reward=reward, weight=entry.weight, required=entry.required, shift=entry.shift, scale=entry.scale,
+                        shape=None if entry.shape is None else build_shape(entry.shape.name, entry.shape.params, f"rewards.{row}.shape"))
+             for row, (name, (entry, reward)) in enumerate(loaded.items()) if isinstance(entry, RewardConfig)]
     guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig) and isinstance(reward, Reward)}
     if config.data.preferences is not None:
         terms = [RewardTerm(name=SCORE, reward=RecordedScores())]

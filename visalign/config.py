@@ -153,12 +153,18 @@ class RewardConfig(Section):
         weight: in the combination (``algorithm.advantage.level`` says of what); negative to punish.
         params: the reward's own arguments; ``playground:clip`` may stand for a path, see :func:`resolve_path`.
         required: a sample this reward cannot score is left out of the update; if false, the other rewards decide alone.
+        shift, scale: frozen standardisation ``(value - shift) / scale``, for example mean and standard deviation under the initial policy;
+            it comes after the direction and before the shape.
+        shape: ``lsc`` (log-sigmoid) or ``par`` (sigmoid) of the difference to references, see ``visalign/composition/shapes.py``.
     """
 
     name: Annotated[str, Field(min_length=1)]
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
     required: bool = True
+    shift: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    scale: PositiveFloat = 1.0
+    shape: NamedPart | None = None
 
     @field_validator("weight")
     @classmethod
@@ -377,12 +383,17 @@ Tracker = Literal["jsonl", "tensorboard", "wandb", "trackio"]
 
 
 class Config(Section):
-    """A whole run."""
+    """A whole run.
+
+    ``combine`` says how several rewards become one: ``weighted``, ``log_tamed``, ``mean``, ``worst``, ``uncertainty``, ``entropic``,
+    ``power_mean``, ``hierarchical``, ``constrained``, ``maxmin`` or ``by_prompt``, with its parameters (``visalign/composition``).
+    """
 
     recipe: RecipeConfig = Field(default_factory=RecipeConfig)
     model: ModelConfig
     data: DataConfig
     rewards: tuple[RewardConfig, ...] = ()
+    combine: NamedPart = Named(name="weighted")
     guards: tuple[GuardConfig, ...] = ()
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     algorithm: AnyAlgorithm = Field(default_factory=GrpoConfig)
@@ -415,6 +426,10 @@ class Config(Section):
             raise ValueError("rewards: a preference data set holds its own scores; list rewards under guards to watch them in evaluations")
         if self.data.preferences is not None and self.algorithm.name == "grpo":
             raise ValueError("algorithm: grpo learns from its own samples, a preference data set has none; use preference, nft or awm")
+        composed = self.combine.name != "weighted" or any(reward.shape is not None or reward.scale != 1 for reward in self.rewards)
+        if self.algorithm.name == "reward_gradient" and composed:
+            raise ValueError("combine: reward_gradient adds gradients of the rewards' own values, weight by weight; leave combine, shape "
+                             "and scale out, and give the rewards weights")
         return self
 
     @field_validator("tracking")

@@ -1,10 +1,11 @@
 """The way from rewards to advantages.
 
-    raw -> direction -> frozen standardisation -> combine -> group advantage          level="reward"
-    raw -> direction -> frozen standardisation -> group advantage -> combine          level="advantage" (GDPO, Pref-GRPO)
+    raw -> direction -> frozen standardisation -> shape -> combine -> group advantage          level="reward"
+    raw -> direction -> frozen standardisation -> shape -> group advantage -> combine          level="advantage" (GDPO, Pref-GRPO)
 
-``Scores.value`` already carries the direction. Everything here is a pure function of gathered scores: every process that holds
-all samples computes the same credit. Only ``CircuitBreaker`` keeps a memory, and it is checkpointed.
+``Scores.value`` already carries the direction; shapes and combiners are in ``composition/``. Everything here is a function of gathered
+scores: every process that holds all samples computes the same credit. Only ``CircuitBreaker`` and some combiners keep a memory, and it
+is checkpointed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visalign.composition.fixed import Weighted
+from visalign.composition.shapes import Shape, reference_scores
+from visalign.composition.table import Combiner, Table
 from visalign.maths.advantages import AdvantageRule, group_advantages
 from visalign.protocols import RecordedScores, Reward, SetReward
-from visalign.types import Scores
+from visalign.types import Prompt, Scores
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class RewardTerm:
         required: a sample without this score is left out of the update. If false, a group that lacks some of these scores is
             judged by the other rewards alone, with their weights enlarged to the same total.
         shift, scale: frozen standardisation ``(value - shift) / scale``, ``scale > 0``; for example mean and standard deviation
-            under the initial policy, or 26 for PickScore. They matter at level "reward" alone: group statistics cancel them.
+            under the initial policy, or 26 for PickScore. At level "advantage" group statistics cancel them, unless there is a shape.
+        shape: applied to the standardised value, or ``None``.
     """
 
     name: str
@@ -43,6 +48,7 @@ class RewardTerm:
     required: bool = True
     shift: float = 0.0
     scale: float = 1.0
+    shape: Shape | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:
@@ -51,9 +57,34 @@ class RewardTerm:
             raise ValueError(f"reward '{self.name}': standardisation (value - {self.shift}) / {self.scale} needs a finite shift and "
                              "a scale above 0; a reward that is better when smaller declares direction=-1 in its spec")
 
-    def standardise(self, scores: Scores) -> Tensor:
-        """``(value - shift) / scale``, float64 (n,), NaN where invalid."""
-        return (scores.value.double() - self.shift) / self.scale
+    def transform(self, value: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """``shape((value - shift) / scale)``, float64 (n,); NaN stays NaN.
+
+        Args:
+            value: with the direction applied, (n,), as in ``Scores.value``.
+            prompts: one per score; may be empty if the shape reads none.
+        Raises:
+            ValueError: a prompt lacks the references the shape needs.
+        """
+        standard = (value.double() - self.shift) / self.scale
+        if self.shape is None:
+            return standard
+        if not self.shape.reads_prompts:
+            return self.shape.apply(standard, None)
+        references = self.reward.spec.direction * reference_scores(self.name, prompts)
+        return self.shape.apply(standard, (references - self.shift) / self.scale)
+
+
+def check_prompts(terms: Sequence[RewardTerm], combiner: Combiner, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts that a shape or the combiner cannot use, before anything is generated.
+
+    Raises:
+        ValueError: names the row and what it lacks.
+    """
+    for term in terms:
+        if term.shape is not None and term.shape.reads_prompts:
+            reference_scores(term.name, prompts)
+    combiner.check_prompts([term.name for term in terms], prompts)
 
 
 def asked(terms: Sequence[RewardTerm]) -> dict[str, Reward | SetReward]:
@@ -92,7 +123,7 @@ class Credit:
         advantage: float32 (N,); exactly 0 where invalid and in groups without spread.
         valid: bool (N,); invalid samples count nowhere, neither in a statistic nor in a loss denominator.
         scores: each reward's scores.
-        reward: the weighted sum of standardised values, float32 (N,), NaN where invalid.
+        reward: the combination of standardised values, float32 (N,), NaN where invalid.
         metrics: ``reward/<name>/...`` per reward and ``credit/...`` over all.
     """
 
@@ -104,39 +135,57 @@ class Credit:
 
 
 def assign_credit(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group_id: Tensor,
-                  rule: AdvantageRule | None = None) -> Credit:
+                  rule: AdvantageRule | None = None, combiner: Combiner | None = None, prompts: Sequence[Prompt] = ()) -> Credit:
     """Advantages of N gathered samples.
 
-        level "reward":     A = advantage( sum_k w_k z_k )               the reward with the largest spread dominates
+        level "reward":     A = advantage( combine(z_1 .. z_K) )         weighted sum: the reward with the largest spread dominates
         level "advantage":  A = sum_k w_k advantage( z_k )               every reward has the influence its weight says
 
-    with ``z_k`` the standardised value of reward k and ``advantage`` as in ``maths.advantages``. An invalid sample changes nobody
-    else's advantage. A group with no more than half of its samples valid, or fewer than two, is left out.
+    with ``z_k`` the standardised and shaped value of reward k, ``w_k`` the combiner's weights and ``advantage`` as in
+    ``maths.advantages``. An invalid sample changes nobody else's advantage. A group with no more than half of its samples valid, or fewer
+    than two, is left out.
 
     Args:
         terms: the rewards; at least one is required.
         scores: by term name, n = N each.
         group_id: int64 (N,).
         rule: centre, scale, level, clip; ``None`` for the defaults. ``rule.whiten`` counts at level "advantage" alone.
+        combiner: ``None`` for the weighted sum. One that remembers moves on with every call.
+        prompts: the prompt of every group, in the order of ascending group ids; may be left out if no shape and no combiner reads them.
     Raises:
-        ValueError: a term without scores, scores of another length, two terms of one name, or no required term.
+        ValueError: a term without scores, scores of another length, two terms of one name, no required term, prompts that are missing, or
+            advantages to be weighed by a combiner without weights.
     Sources: GRPO, arXiv:2402.03300 (group statistics); GDPO, arXiv:2601.05242 (per-reward normalisation, batch whitening).
     """
     rule = rule or AdvantageRule()
     _check(terms, scores, group_id)
     group = group_id.unique(return_inverse=True)[1]
     valid, healthy = _valid_samples(terms, scores, group)
-    weights, lacking = _weights(terms, scores, group, valid)
-    values = torch.stack([term.standardise(scores[term.name]) for term in terms])
-    values = torch.where(weights != 0, values, 0.0)  # a reward its group does without may be NaN there
-    reward = torch.where(valid, (weights * values).sum(dim=0), torch.nan)
+    combiner = Weighted() if combiner is None else combiner
+    if prompts and len(prompts) != len(healthy):
+        raise ValueError(f"{len(prompts)} prompts for {len(healthy)} groups; give the prompt of every group, in the order of group ids")
+    if not prompts and (combiner.reads_prompts or any(term.shape is not None and term.shape.reads_prompts for term in terms)):
+        raise ValueError("a shape or the combiner reads the prompts; give assign_credit the prompt of every group")
+    lacking = _lacking(terms, scores, group, valid)
+    present = valid & ~lacking[:, group]
+    of_samples = [prompts[g] for g in group.tolist()] if prompts else []
+    values = torch.stack([term.transform(scores[term.name].value, of_samples) for term in terms])
+    values = torch.where(present, values, 0.0)  # a reward its group does without may be NaN there
+    weight = torch.tensor([term.weight for term in terms], dtype=torch.float64)
+    combined = combiner.combine(Table(tuple(term.name for term in terms), weight, values, present, group, tuple(prompts)))
+    reward = torch.where(valid, combined.value, torch.nan)
+    if not bool(torch.isfinite(reward[valid]).all()):
+        raise ValueError(f"{type(combiner).__name__} gave {int((~torch.isfinite(reward[valid])).sum())} valid samples no finite number; "
+                         "check shift, scale and shape of the rewards")
     once = replace(rule, level="reward")
     if rule.level == "reward":
         advantage = group_advantages(reward, valid, group_id, once).advantage
     else:
+        weights = combined.weights
+        if weights is None:
+            raise ValueError(f"{type(combiner).__name__} is no weighted sum, so that advantages cannot be weighed; use level 'reward'")
         unclipped = replace(once, clip=None)
-        each = [group_advantages(value, weight != 0, group_id, unclipped).advantage
-                for value, weight in zip(values, weights, strict=True)]
+        each = [group_advantages(value, there, group_id, unclipped).advantage for value, there in zip(values, present, strict=True)]
         advantage = (weights * torch.stack(each)).sum(dim=0)
         if rule.whiten:
             # Every group sums to 0 by now, so that centring does nothing and the global std is the batch's.
@@ -157,6 +206,7 @@ def assign_credit(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], gro
         "credit/clipped_fraction": _mean((advantage.abs() >= (rule.clip or math.inf))[valid]),
         "credit/advantage_std": _rms(advantage[valid]),
         "credit/reward_mean": _mean(reward[valid]),
+        **combined.metrics,
     }
     return Credit(advantage=advantage.float(), valid=valid, scores=dict(scores), reward=reward.float(),
                   metrics={name: value for name, value in metrics.items() if not math.isnan(value)})
@@ -204,16 +254,12 @@ def _valid_samples(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], gr
     return valid & healthy[group], healthy
 
 
-def _weights(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (K, N), 0 where invalid, and which rewards a group does without, bool (K, P).
+def _lacking(terms: Sequence[RewardTerm], scores: Mapping[str, Scores], group: Tensor, valid: Tensor) -> Tensor:
+    """Which rewards a group does without, bool (K, P).
 
     One missing optional score removes that reward from its whole group: siblings judged on different sums would be incomparable.
     """
-    lacking = torch.stack([_group_sum((valid & ~scores[term.name].valid).double(), group) > 0 for term in terms])
-    weight = torch.tensor([term.weight for term in terms], dtype=torch.float64)[:, None] * ~lacking
-    total = sum(abs(term.weight) for term in terms)
-    weight = weight * total / weight.abs().sum(dim=0)
-    return weight[:, group] * valid, lacking
+    return torch.stack([_group_sum((valid & ~scores[term.name].valid).double(), group) > 0 for term in terms])
 
 
 def _group_sum(x: Tensor, group: Tensor) -> Tensor:

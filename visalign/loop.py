@@ -7,8 +7,9 @@ summed through ``distributed``; what must be the same after a resume (everything
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from visalign import checkpoint, invariants, scoring
+from visalign.composition.adaptive import Constrained
 from visalign.config import Config
-from visalign.credit import CircuitBreaker, Credit, asked, assign_credit, judge_sets
+from visalign.credit import CircuitBreaker, Credit, asked, assign_credit, check_prompts, judge_sets
 from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
-from visalign.evaluation import evaluate
+from visalign.evaluation import Evaluation, evaluate
 from visalign.geometry import Geometry, assign_updates
 from visalign.maths.advantages import AdvantageRule
 from visalign.maths.seeds import derive_seed
@@ -32,11 +34,12 @@ from visalign.protocols import Remembers
 from visalign.runfolder import RunFolder
 from visalign.state import State
 from visalign.tally import Tally, concatenate_scores
-from visalign.types import Batch, Experience, Media, Scores, Trajectory
+from visalign.types import Batch, Experience, Media, Prompt, Scores, Trajectory
 
 logger = logging.getLogger(__name__)
 
 PERMUTATION, MICROBATCHES = 2, 3  # what a seed is for: derive_seed(seed, number, PERMUTATION)
+COMBINER = "_combiner"  # the combiner's memory among those of rewards
 
 
 def train(config: Config, run_dir: Path | str, resume: bool = False, callback: Callback | None = None) -> Path:
@@ -87,12 +90,14 @@ class Loop:
                              "train an adapter, or use kl_weight 0 and a loss without reference")
         trained = asked(parts.terms)
         scoring.admit(trained, parts.prompts)
+        check_prompts(parts.terms, parts.combiner, parts.prompts)
         scoring.admit({**trained, **parts.guards}, parts.eval_prompts)
         trainable = parts.policy.named_trainable()
         self.state = State(iteration=0, optimization=Optimization(trainable, config.train, processes.device),
                            ema=None if config.ema is None else EMA(trainable, config.ema.decay),
                            data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker(),
-                           memories={term.name: term.reward for term in parts.terms if isinstance(term.reward, Remembers)})
+                           memories={**{term.name: term.reward for term in parts.terms if isinstance(term.reward, Remembers)},
+                                     **({COMBINER: parts.combiner} if isinstance(parts.combiner, Remembers) else {})})
         self.timings: dict[str, float] = {}
         self.moved = False  # whether this process has changed the weights yet
 
@@ -151,7 +156,9 @@ class Loop:
         group_id = torch.arange(self.geometry.samples) // self.geometry.group_size
         everyone = judge_sets(self.parts.terms, concatenate_scores(self.processes.gather_objects(dict(scores))), group_id)
         self.state.breaker.update({term.name: everyone[term.name] for term in self.parts.terms if term.required})
-        credit = assign_credit(self.parts.terms, everyone, group_id, AdvantageRule(**self.config.algorithm.advantage.model_dump()))
+        prompts = [prompt for part in self.processes.gather_objects(list(trajectory.prompts)) for prompt in part]
+        credit = assign_credit(self.parts.terms, everyone, group_id, AdvantageRule(**self.config.algorithm.advantage.model_dump()),
+                               self.parts.combiner, prompts)
         invariants.check_advantages(credit.advantage, everyone, group_id)
         share = self.processes.share(self.geometry.samples)
         own = slice(share.start, share.stop)
@@ -223,7 +230,24 @@ class Loop:
         if found is None:
             return {}
         found.write(self.folder.evaluation(label))
-        return found.metrics()
+        return {**found.metrics(), **self.constraints(found, prompts)}
+
+    def constraints(self, found: Evaluation, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """The held-out test of a run's constraints: ``eval/<name>_slack``, what the bound exceeds the threshold by, and whether all hold.
+
+        Nothing without ``data.eval_prompts``: prompts that were trained on show nothing."""
+        combiner = self.parts.combiner
+        if not isinstance(combiner, Constrained) or self.config.data.eval_prompts is None:
+            return {}
+        # Evaluations have one sample per prompt, so that rewards of whole groups or sets are not in them.
+        values = {term.name: term.transform(term.reward.spec.direction * found.values[term.name], prompts)
+                  for term in self.parts.terms if term.name in combiner.thresholds and term.name in found.values}
+        if len(values) < len(combiner.thresholds):
+            return {}
+        verdicts = combiner.held_out(values)
+        slack = {f"eval/{name}_slack": verdict.bound - verdict.threshold for name, verdict in verdicts.items()}
+        return {**{name: value for name, value in slack.items() if math.isfinite(value)},
+                "eval/constraints_hold": float(all(verdict.holds for verdict in verdicts.values()))}
 
     def start(self, resume: bool) -> None:
         """Take up the newest checkpoint, or start with an evaluation of the weights as they are."""

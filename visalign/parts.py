@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from visalign.composition.fixed import Weighted
+from visalign.composition.table import Combiner
 from visalign.credit import RewardTerm
 from visalign.protocols import Algorithm, Policy, Reward, Sampler
 from visalign.types import Prompt
@@ -18,7 +20,7 @@ class Parts:
     Attributes:
         policy: what samples; the same weights under other call arguments are ``eval_policy`` (evaluations) and ``train_policy`` (updates).
         sampler: makes trajectories and evaluation samples.
-        terms: the rewards trained on; ``guards`` are watched in evaluations only.
+        terms: the rewards trained on, ``combiner`` what makes one of them; ``guards`` are watched in evaluations only.
         save_adapter: writes the trained weights into a folder, where the pipeline's own library loads them.
     """
 
@@ -32,6 +34,7 @@ class Parts:
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
     save_adapter: Callable[[Path], None]
+    combiner: Combiner = field(default_factory=Weighted)
 
     @property
     def eval_rewards(self) -> dict[str, Reward]:
