@@ -43,7 +43,7 @@ def main() -> None:
 
 def section() -> str:
     """The results as markdown."""
-    return "\n\n".join(part for part in (quickstart(), capture(), overhead()) if part)
+    return "\n\n".join(part for part in (quickstart(), algorithms(), capture(), overhead()) if part)
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -82,6 +82,25 @@ def quickstart() -> str:
         f"Whole command, one torch thread: {min(row['cpu_s'] for row in times)} to {max(row['cpu_s'] for row in times)} CPU seconds on a "
         f"shared machine, commit {times[-1]['commit']}.",
     ]
+    return "\n".join(lines)
+
+
+def algorithms() -> str:
+    """Gold mean of the methods whose every seed improves outside its interval, best first."""
+    last = {(row["method"], row["seed"]): row for row in rows("algorithms") if row["metric"] == "captions/mean"}
+    methods = sorted({method for method, _ in last})
+    found = {name: [row for (method, _), row in sorted(last.items()) if method == name] for name in methods}
+    kept = {name: seeds for name, seeds in found.items() if all(row["gain"][0] > 0 for row in seeds)}
+    if not kept:
+        return ""
+    order = sorted(kept, key=lambda name: -sum(row["gain"][1] for row in kept[name]) / len(kept[name]))
+    lines = [f"**Algorithms on the embedded world**, {len(methods)} methods on 256 held-out prompts ([the table, with those that do not "
+             "improve](docs/algorithms.md), `python -m scripts.compare_algorithms`). Gold mean, where every seed improves outside its "
+             "interval:", ""]
+    for name in order:
+        gains = ", ".join(f"{100 * row['gain'][1]:+.1f}" for row in kept[name])
+        scored = kept[name][0]["samples_scored"]
+        lines.append(f"- `{name}`: {gains} points, {f'{scored:,} samples scored' if scored else 'nothing trained'}")
     return "\n".join(lines)
 
 
