@@ -24,6 +24,7 @@ from visalign.preferences import PreferenceDataset, cached_latents, load_prefere
 from visalign.protocols import RecordedScores, Reward, Sampler, SetReward
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.identity import pipeline_identity
+from visalign.samplers.mixed import MixedSampler
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.replay import SCORE, ReplaySampler
 from visalign.samplers.rollout import TrajectorySampler
@@ -54,6 +55,9 @@ def build(config: Config, processes: Processes) -> Parts:
     check_users(policy, eval_prompts)
     if dataset is not None:
         dataset = encode_preferences(config, policy, dataset)
+    if dataset is not None and config.data.offline is None:
+        sampler = MixedSampler(build_sampler(config), dataset, config.data.real_fraction, config.train.seed)
+    elif dataset is not None:
         prompts, sampler = dataset.prompts, ReplaySampler(dataset, microbatch=config.train.microbatch)
     checkpoint.seed_everything(derive_seed(config.train.seed, 1, processes.rank))
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
@@ -75,7 +79,7 @@ def read_preferences(config: Config) -> PreferenceDataset | None:
     dataset = load_preferences(settings.path, format=settings.format, ties=settings.ties, broken=settings.broken, split=settings.split,
                                limit=settings.limit)
     logger.info("%s: %s", settings.path, dataset.summary())
-    if dataset.num_candidates != config.train.group_size:
+    if config.data.offline is not None and dataset.num_candidates != config.train.group_size:
         raise ValueError(f"{settings.path} compares {dataset.num_candidates} candidates, train.group_size is {config.train.group_size}; "
                          f"set train.group_size={dataset.num_candidates}")
     return dataset
@@ -123,7 +127,7 @@ def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward]]:
                         shape=None if entry.shape is None else build_shape(entry.shape.name, entry.shape.params, f"rewards.{row}.shape"))
              for row, (name, (entry, reward)) in enumerate(loaded.items()) if isinstance(entry, RewardConfig)]
     guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig) and isinstance(reward, Reward)}
-    if config.data.preferences is not None:
+    if config.data.offline is not None:
         terms = [RewardTerm(name=SCORE, reward=RecordedScores())]
     return terms, guards
 

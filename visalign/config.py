@@ -131,14 +131,29 @@ class PreferencesConfig(Section):
 
 
 class DataConfig(Section):
-    """Prompts: a ``.txt`` or ``.jsonl`` file, ``playground:train`` / ``playground:heldout``, or a dataset; or a preference data set."""
+    """Prompts: a ``.txt`` or ``.jsonl`` file, ``playground:train`` / ``playground:heldout``, or a dataset; or a preference data set.
+
+    Attributes:
+        real_fraction: with prompts *and* preferences, this share of every iteration's groups is data instead of samples; both are scored
+            by the rewards. Keeps a model that learns from its own best samples from collapsing (arXiv:2407.09499).
+    """
 
     prompts: str | DatasetConfig | None = None
     eval_prompts: str | DatasetConfig | None = None
     preferences: PreferencesConfig | None = None
+    real_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def offline(self) -> PreferencesConfig | None:
+        """The data set that is all a run learns from."""
+        return self.preferences if self.real_fraction == 0 else None
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
+        if self.real_fraction > 0:
+            if self.prompts is None or self.preferences is None:
+                raise ValueError("real_fraction mixes data into samples: give prompts to generate for and preferences to take data from")
+            return self
         if (self.prompts is None) == (self.preferences is None):
             raise ValueError("give either prompts to generate for, or preferences to learn from" +
                              ("; a preference data set has its own prompts" if self.prompts is not None else ""))
@@ -420,9 +435,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> Config:
-        if self.data.preferences is None and not self.rewards:
+        if self.data.offline is None and not self.rewards:
             raise ValueError("rewards: at least one is needed, or data.preferences with a data set that holds its own scores")
-        if self.data.preferences is not None and self.rewards:
+        if self.data.offline is not None and self.rewards:
             raise ValueError("rewards: a preference data set holds its own scores; list rewards under guards to watch them in evaluations")
         if self.data.preferences is not None and self.algorithm.name == "grpo":
             raise ValueError("algorithm: grpo learns from its own samples, a preference data set has none; use preference, nft or awm")

@@ -83,8 +83,8 @@ def compute(config: Config, world: int) -> list[tuple[str, str]]:
         return [*rows, ("sampler steps", "the pipeline's default; set model.call.num_inference_steps to plan them")]
     num_steps, stochastic = steps
     guided = " (times 2 if the pipeline runs guidance as a second call)" if float(config.model.call.get("guidance_scale", 1.0)) > 1 else ""
-    if config.data.preferences is not None:
-        return [*rows, ("samples", f"{geometry.samples} per iteration from {config.data.preferences.path}; nothing is sampled or scored")]
+    if config.data.offline is not None:
+        return [*rows, ("samples", f"{geometry.samples} per iteration from {config.data.offline.path}; nothing is sampled or scored")]
     if not isinstance(config.algorithm, GrpoConfig):
         return [*rows, ("sampler steps", f"{num_steps}"), ("forwards to sample", f"{geometry.samples * num_steps} per iteration{guided}"),
                 ("reward calls", f"{geometry.samples} samples x {len(config.rewards)} rewards per iteration")]
