@@ -194,7 +194,7 @@ def _scale(step: ObservedStep, j: int, latent: LatentSlot) -> float:
     given = gather(step.sample.reshape(1, -1))[0].double()
     used = gather.index >= 0
     # A cast to the module's dtype is no factor, though the projection of its rounding is not exactly 1.
-    if torch.equal(row[used], given[used].to(value.dtype).double()):
+    if torch.equal(row[used], given[used].to(value[0].dtype).double()):
         return 1.0
     factor = float((row[used] * given[used]).sum() / given[used].square().sum())
     return round(factor, 12) if abs(factor - 1) > 1e-6 else 1.0

@@ -121,10 +121,8 @@ class Denoise:
         for path, (position, tensor) in site.links.items():
             values[path] = outputs[position][tensor]
         if site.latent is not None:
-            if isinstance(scale, Tensor):
-                state = scale.reshape(-1, *[1] * (x.ndim - 1)) * x
-            else:
-                state = x if scale == 1 else scale * x
+            factor = scale.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(scale, Tensor) else scale
+            state = x if not isinstance(factor, Tensor) and factor == 1 else factor * x
             held = values.get(site.latent.path)
             backgrounds = [None] * site.copies if held is None else _background(held, site, x.shape[0])
             rows = [

@@ -69,7 +69,7 @@ def test_version_is_said_once() -> None:
 
 def test_extras_are_those_the_readme_and_errors_name() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for extra in ("audio", "data", "judge", "ocr", "serve", "sim3d", "track", "video", "test", "dev"):
+    for extra in ("audio", "data", "ocr", "serve", "sim3d", "track", "video", "test", "dev"):
         assert f"\n{extra} = [" in text
 
 

@@ -14,7 +14,7 @@ Sources: Diffusion-DPO, arXiv:2311.12908; Flow-DPO and Flow-RWR, arXiv:2501.1391
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,8 +68,8 @@ class PreferenceOptimisation:
 
     preference_loss: BoundLoss
     kappa: float
-    pairing: Pairing = Pairing()
-    times: Times = Times()
+    pairing: Pairing = field(default_factory=Pairing)
+    times: Times = field(default_factory=Times)
     draws: int = 1
     space: Space = "native"
     share_noise: bool | None = None
