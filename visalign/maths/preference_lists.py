@@ -10,6 +10,7 @@ from torch.nn.functional import softplus
 
 from visalign.maths.preference_declaration import Positive, preference_loss
 from visalign.maths.preference_inputs import LossInput
+from visalign.maths.reward_losses import plackett_luce_loss
 
 
 @preference_loss(group="list")
@@ -18,9 +19,7 @@ def plackett_luce(inputs: LossInput) -> Tensor:
 
     Sources: PRO, arXiv:2306.17492; Diffusion-LPO, arXiv:2510.01540.
     """
-    u = inputs.u
-    remaining = u.flip(1).logcumsumexp(dim=1).flip(1)
-    return (remaining - u)[:, :-1].sum(dim=1)
+    return plackett_luce_loss(inputs.u)
 
 
 @preference_loss(group="list", reward=True)
