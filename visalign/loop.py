@@ -212,7 +212,7 @@ class Loop:
 
         Members are permuted per group by the group's global index, so the answer is the same on any number of processes."""
         if self.parts.algorithm.whole_groups:
-            return trajectory.group_id % self.geometry.updates
+            return trajectory.sample_index // self.geometry.group_size % self.geometry.updates
         firsts = trajectory.sample_index[::self.geometry.group_size].tolist()
         generators = [torch.Generator().manual_seed(derive_seed(self.config.train.seed, first, PERMUTATION)) for first in firsts]
         members = torch.stack([torch.randperm(self.geometry.group_size, generator=generator) for generator in generators])

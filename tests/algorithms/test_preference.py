@@ -11,9 +11,12 @@ from visalign.algorithms.noising import Times, add_noise, gaussian_noise
 from visalign.algorithms.pairing import Pairing
 from visalign.algorithms.preference import PreferenceOptimisation
 from visalign.credit import RewardTerm
+from visalign.distributed import Processes
+from visalign.loop import Loop
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.preference import LOSSES, bind_loss
 from visalign.maths.schedules import dance_sigmas, flow_schedule
+from visalign.progress import Silent
 from visalign.rewards.function import FunctionReward
 from visalign.samplers.dynamics import ODE
 from visalign.samplers.oracle_policy import GaussianPolicy
@@ -96,6 +99,28 @@ def test_microbatches_and_processes_change_no_gradient(name):
             return [2 * value for value in values]  # both processes hold equally many groups here
         halves.append(gradient(method, policy, Batch(made, rows, 16.0, reduce)))
     torch.testing.assert_close(halves[0] + halves[1], together)
+
+
+def test_a_process_without_a_group_in_a_step_takes_part_in_its_sums_and_makes_nothing():
+    policy, calls = make_policy(), []
+    made = experience(policy)
+    for name in ("dpo", "kto", "plackett_luce", "rwr"):
+        calls.clear()
+        batch = Batch(made, torch.arange(0), 8.0, lambda values: calls.append(values) or [5.0] * len(values))
+        assert not list(algorithm(name).microbatches(policy, batch, 4, 7))
+        assert len(calls) == 1 + len(algorithm(name).preference_loss.needs.statistics)
+
+
+def test_whole_groups_go_to_the_same_step_on_any_number_of_processes(tmp_path):
+    settings = gaussian_run.config("sampler.steps={name: none}", "sampler.dynamics={name: ode}", "train.groups=6", "train.updates=4",
+                                   "train.group_size=4", "train.microbatch=2")
+    parts = gaussian_run.parts(settings, algorithm=algorithm(), prompts=PROMPTS * 3)
+    loop = Loop(parts, settings, tmp_path / "run", Processes.start("cpu"), Silent())
+    made = experience(make_policy(), num_prompts=6, first_index=24)
+    whole = loop.assignment(made.trajectory)
+    shares = [loop.assignment(experience(make_policy(), num_prompts=3, first_index=first).trajectory) for first in (24, 36)]
+    assert torch.equal(whole, torch.cat(shares))
+    assert bool((whole.reshape(6, 4) == whole.reshape(6, 4)[:, :1]).all())
 
 
 def test_statistics_are_those_of_all_processes():

@@ -49,6 +49,8 @@ class Pairing:
 
     def groups(self, kind: str, experience: Experience, rows: Tensor, seed: int) -> Groups:
         """Groups of one optimizer step; ``rows`` are whole groups of the trajectory. Ties and invalid samples form none."""
+        if not len(rows):  # a process may have no group in a step of which others have some
+            return Groups(rows.reshape(0, 1), torch.empty(0, 1, dtype=torch.float64), torch.empty(0, 1, dtype=torch.float64))
         group = experience.trajectory.group_id[rows].unique(return_inverse=True)[1]
         size = int((group == 0).sum())
         values = experience.advantage[:, 0] if self.by_advantage and experience.advantage.shape[1] else experience.reward

@@ -30,7 +30,7 @@ from visalign.protocols import LossTerms, Policy
 from visalign.types import Batch, Experience, Prompt, Role
 from visalign.users import asking
 
-PAIRS, DROPOUT, NOBODY = 2, 3, 4  # what a seed is for, beside noising.TIME and noising.NOISE
+DROPOUT, NOBODY = 3, 4  # what a seed is for, beside noising.TIME, noising.NOISE and pairing.PAIRS
 Invert = Callable[[Policy, Tensor, Tensor, Any], Tensor]
 
 
