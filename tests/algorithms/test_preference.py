@@ -355,3 +355,56 @@ def test_a_data_sets_weights_multiply_its_judgements():
     heavy = replace(made, trajectory=replace(made.trajectory, prompts=prompts, scores=recorded))
     first = replace(made, valid=torch.arange(8) < 4, reward=torch.where(torch.arange(8) < 4, made.reward, torch.nan))
     torch.testing.assert_close(gradient(algorithm(), policy, whole(heavy)), gradient(algorithm(), policy, whole(first)))
+
+
+def test_the_reference_term_is_the_squared_distance_of_the_answers():
+    """Two policies that differ by a shift d answer velocities that differ by c(t) d: the term is their mean square, and it pulls back."""
+    policy = moved(make_policy(), 0.3)
+    made, times = experience(policy), Times("uniform", low=0.5, high=0.500001)
+    values = []
+    for weight in (0.0, 2.0):
+        method = algorithm("sft", reference_weight=weight, times=times)
+        values.append(sum(float(method.loss(policy, part).loss.detach()) for part in method.microbatches(policy, whole(made), 8, 7)))
+    conditioning, t = policy.encode([PROMPTS[0]]), torch.tensor([500.0], dtype=torch.float64)
+    gap = [policy.predict_at(torch.zeros(1, 1, 2), t, conditioning, role).velocity for role in ("policy", "reference")]
+    assert values[1] - values[0] == pytest.approx(2.0 * float((gap[0] - gap[1]).square().mean()), rel=1e-3)
+
+
+def test_dropped_prompts_are_empty_and_as_frequent_as_asked():
+    policy = make_policy()
+    made = experience(policy, num_prompts=32)
+    texts = {}
+    for share in (0.0, 0.3, 1.0):
+        method = algorithm(prompt_dropout=share, draws=4)
+        texts[share] = [prompt.text for part in method.microbatches(policy, whole(made), 64, 7)
+                        for prompt in method._prompts(part, part.groups.rows.flatten())]
+    assert "" not in texts[0.0]
+    assert set(texts[1.0]) == {""}
+    assert sum(text == "" for text in texts[0.3]) / len(texts[0.3]) == pytest.approx(0.3, abs=0.12)
+    assert all(first == second for first, second in zip(texts[0.3][::2], texts[0.3][1::2], strict=True))  # a pair shares its fate
+
+
+def test_advantages_take_the_rewards_place_where_asked():
+    policy = make_policy()
+    made = experience(policy, reward=range(8))
+    made = replace(made, advantage=-torch.arange(8.0).unsqueeze(1))
+    chosen = [next(iter(algorithm(pairing=Pairing(by_advantage=flag)).microbatches(policy, whole(made), 8, 0))).groups.rows[:, 0].tolist()
+              for flag in (False, True)]
+    assert chosen == [[3, 7], [0, 4]]
+
+
+def test_an_inversion_gives_the_noise_of_the_state_and_of_the_target():
+    policy, asked_for = make_policy(), []
+
+    def invert(policy, x0, timesteps, conditioning):
+        asked_for.append((x0.shape, timesteps))
+        return torch.full_like(x0, 0.25)
+
+    method = algorithm(invert=invert)
+    part = next(iter(method.microbatches(policy, whole(experience(policy)), 8, 7)))
+    x0 = part.experience.trajectory.x_final[part.groups.rows.flatten()]
+    noised = method._noised(policy, part, x0, None)
+    assert asked_for[0][0] == x0.shape
+    assert torch.equal(asked_for[0][1], part.timesteps.repeat_interleave(2))
+    assert bool((noised.noise == 0.25).all())
+    torch.testing.assert_close(noised.x, noised.alpha.reshape(-1, 1, 1) * x0 + noised.sigma.reshape(-1, 1, 1) * 0.25)
