@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEAVES = ("visalign.algorithms", "visalign.samplers", "visalign.rewards")
 # The only places where leaves meet: the command line and the builder.
-ROOTS = ("visalign.build", "visalign.build_algorithm", "visalign.cli", "visalign.commands", "visalign.quickstart", "visalign.__main__")
+ROOTS = ("visalign.build", "visalign.build_algorithm", "visalign.cli", "visalign.cli_app", "visalign.cli_runs", "visalign.cli_rewards",
+         "visalign.commands", "visalign.quickstart", "visalign.__main__")
 
 
 def sources() -> dict[str, Path]:
