@@ -55,8 +55,10 @@ def test_each_row_is_for_its_own_user_and_the_reference_for_nobody(family):
     assert torch.equal(velocity(policy, None, None), base)
     mixed = velocity(policy, None, "bob")
     assert torch.equal(mixed[0], base[0])
-    torch.testing.assert_close(mixed[1], both[1], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(velocity(policy, "ann")[0], both[0], atol=1e-5, rtol=1e-4)
+    # Another batch size may take another matrix kernel: rounding is relative to the largest value, users differ a thousand times more.
+    rounding = 1e-5 * float(both.abs().max())
+    torch.testing.assert_close(mixed[1], both[1], atol=rounding, rtol=0)
+    torch.testing.assert_close(velocity(policy, "ann")[0], both[0], atol=rounding, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["Stable Diffusion 3", "Flux"])
