@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
+from visalign.maths.loudness import rms_dbfs
 from visalign.protocols import RewardSpec
-from visalign.rewards.loudness import rms_dbfs
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 

@@ -16,8 +16,9 @@ import torch
 from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
+from visalign.media import evenly_spaced
 from visalign.protocols import RewardSpec
-from visalign.rewards.dual_encoder import DualEncoder, default_device, evenly_spaced
+from visalign.rewards.dual_encoder import DualEncoder, default_device
 from visalign.types import Media, Prompt, Scores
 
 ResizeMode = Literal["shortest", "longest", "squash"]

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from visalign.media import evenly_spaced
 from visalign.protocols import DifferentiableReward, Remembers, Reward
-from visalign.rewards.dual_encoder import evenly_spaced
 from visalign.scoring import ChecksPrompts
 from visalign.types import Media, Prompt, Scores
 

@@ -1,10 +1,9 @@
 """Loudness, silence and clipping of audio: a gate that is 1 for audio anybody would publish and falls to 0 outside.
 
-    rms_dbfs          20 log10 sqrt(mean x^2) over all samples and channels; a sine of amplitude 1 has -3.01, a square wave 0
-    silent_fraction   share of windows of 0.05 s whose rms_dbfs is below ``silence``
-    clipped_fraction  share of samples with |x| >= 0.999
-    excess            max(low - rms_dbfs, rms_dbfs - high, 0), in dB
-    gate              max(0, 1 - excess / margin), or 1[excess = 0] for margin 0;  0 where too much is silent or clipped
+    excess   max(low - rms_dbfs, rms_dbfs - high, 0), in dB
+    gate     max(0, 1 - excess / margin), or 1[excess = 0] for margin 0;  0 where too much is silent or clipped
+
+with the level and the shares of ``maths.loudness``.
 
 For use beside a reward that can be won by noise or by nothing at all: as a constraint, a factor or a guard. Silence is a true
 observation here, its gate is 0; it has no level, so ``details`` hold -inf.
@@ -16,30 +15,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
+from visalign.maths.loudness import clipped_fraction, rms_dbfs, silent_fraction
 from visalign.protocols import RewardSpec
 from visalign.types import Media, Prompt, Scores
-
-_WINDOW_SECONDS = 0.05
-_CLIPPED = 0.999
-
-
-def rms_dbfs(audio: Tensor) -> float:
-    """Root mean square of all samples in dB relative to 1, in float64; -inf for digital silence. Any shape but empty."""
-    power = float(audio.double().square().mean())
-    return 10 * math.log10(power) if power > 0 else (-math.inf if power == 0 else math.nan)
-
-
-def silent_fraction(audio: Tensor, rate: float, silence: float = -60.0) -> float:
-    """Share of windows of 0.05 s, the last one shorter, whose level over all channels (C, T) is below ``silence`` dBFS."""
-    windows = audio.split(max(1, round(_WINDOW_SECONDS * rate)), dim=-1)
-    return sum(rms_dbfs(window) < silence for window in windows) / len(windows)
-
-
-def clipped_fraction(audio: Tensor) -> float:
-    """Share of samples at full scale."""
-    return float((audio.abs() >= _CLIPPED).double().mean())
 
 
 class LoudnessGate:

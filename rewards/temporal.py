@@ -17,9 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visalign.media import evenly_spaced
 from visalign.protocols import RewardSpec
 from visalign.rewards.clip import ResizeMode, model_ids, open_clip_encoder
-from visalign.rewards.dual_encoder import evenly_spaced
 from visalign.types import Media, Prompt, Scores
 
 

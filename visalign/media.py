@@ -45,6 +45,11 @@ class Sample:
     scores: Mapping[str, float] = field(default_factory=dict)
 
 
+def evenly_spaced(length: int, num_frames: int) -> Tensor:
+    """Indices of at most ``num_frames`` of ``length`` frames, the first and the last among them."""
+    return torch.linspace(0, length - 1, min(num_frames, length)).round().long()
+
+
 def save_media(media: Media, stem: Path) -> Path:
     """Write ``stem`` with the kind's suffix and return that path.
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from visalign.rewards.loudness import LoudnessGate, clipped_fraction, rms_dbfs, silent_fraction
+from visalign.maths.loudness import clipped_fraction, rms_dbfs, silent_fraction
+from visalign.rewards.loudness import LoudnessGate
 from visalign.scoring import score as score_all
 from visalign.types import Media, Prompt
 
