@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from visalign.maths.diversity import cosine_vendi, spectral_diversity, unit_rows, vendi_score
+from visalign.maths.diversity import cosine_vendi, gaussian_vendi, spectral_diversity, unit_rows, vendi_score
 
 
 def features(n, d, seed=0):
@@ -68,3 +68,25 @@ def test_bad_input():
         unit_rows(torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
     with pytest.raises(ValueError, match="at least one row"):
         cosine_vendi(torch.zeros(0, 3))
+
+
+def test_a_gaussian_kernel_counts_clusters_and_ignores_what_all_share():
+    rows = torch.cat([torch.zeros(5, 3), torch.full((5, 3), 50.0)]) + 100
+    assert gaussian_vendi(rows, bandwidth=1.0) == pytest.approx(2, rel=1e-9)
+    assert gaussian_vendi(rows - 100, bandwidth=1.0) == pytest.approx(gaussian_vendi(rows, bandwidth=1.0), rel=1e-9)
+    assert gaussian_vendi(rows[:5], bandwidth=1.0) == pytest.approx(1, abs=1e-9)
+
+
+def test_a_wider_gaussian_kernel_sees_fewer_differences():
+    rows = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    scores = [gaussian_vendi(rows, bandwidth) for bandwidth in (1e-3, 0.5, 1.0, 2.0, 1e4)]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == pytest.approx(20)
+    assert scores[-1] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "bandwidth", "match"), [(torch.zeros(0, 2), 1.0, "at least one row"), (torch.zeros(3, 2), 0.0, "above 0"),
+                                                          (torch.full((2, 2), torch.nan), 1.0, "finite")])
+def test_a_gaussian_kernel_needs_rows_and_a_ruler(rows, bandwidth, match):
+    with pytest.raises(ValueError, match=match):
+        gaussian_vendi(rows, bandwidth)

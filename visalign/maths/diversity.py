@@ -76,3 +76,21 @@ def cosine_vendi(features: Tensor, q: float = 1.0) -> float:
     x = unit_rows(features)
     gram = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
     return spectral_diversity(torch.linalg.eigvalsh(gram / len(x)), q)
+
+
+def gaussian_vendi(features: Tensor, bandwidth: float, q: float = 1.0) -> float:
+    """Vendi score of the kernel ``exp(-|x - y|^2 / (2 bandwidth^2))`` of (n, d) features.
+
+    Unlike the cosine it does not mind what all members share, such as a background. With a bandwidth that is fixed once, scores of
+    different sets compare.
+
+    Raises:
+        ValueError: no rows, rows that are not finite, or a bandwidth that is not above 0.
+    """
+    if features.dim() != 2 or not len(features) or not bool(torch.isfinite(features).all()):
+        raise ValueError(f"features are {tuple(features.shape)}; expected finite (n, d) with at least one row")
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth {bandwidth} must be above 0; half the median distance of a reference set is usual here")
+    features = features.double()
+    squared = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return vendi_score((-squared / (2 * bandwidth**2)).exp(), q)
