@@ -61,7 +61,7 @@ def test_evaluation_is_the_same_whatever_the_batch(tmp_path):
 def test_rewards_that_need_a_group_are_not_asked():
     value = FunctionReward(mean_value, name="value", modality=["audio"])
     found = made(rewards={"value": value, "wins": WinRate(BradleyTerry(value))})
-    assert list(found.values) == ["value"]
+    assert [name for name in found.values if not name.startswith("media/")] == ["value"]
 
 
 def test_files_round_trip_and_compare(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from visalign.config import dump_config, make_config
 from visalign.evaluation import Evaluation, write_comparison
+from visalign.guards.alarm import Alarm
 from visalign.media import save_samples
 from visalign.report import write_report
 from visalign.report.charts import Line, label, line_chart, ticks
@@ -142,7 +143,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3e-6, 4e-6), (17, 17), (0, 0), (-250, 1300), (0.899, 0.9001)])
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3e-6, 4e-6), (17, 17), (0, 0), (-250, 1300), (0.899, 0.9001),
+                                          (0.3, 0.30000000000000004)])
 def test_ticks_cover_the_range_with_few_round_numbers(low: float, high: float) -> None:
     found = ticks(low, high)
     assert found[0] <= low + 1e-9 * abs(low)
@@ -183,3 +185,29 @@ def test_a_model_card_stands_beside_the_adapter_with_the_measured_numbers(tmp_pa
     assert "the message is harmless" in card
     assert f"{gain['mean']:+.3g} [{gain['low']:+.3g}, {gain['high']:+.3g}]" in card
     assert (run / "adapter" / "config.yaml").read_text() == (run / "config.yaml").read_text()
+
+
+def test_a_run_that_its_guards_ended_says_so_first(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    assert "Stopped by its guards" not in write_report(run).read_text(encoding="utf-8")
+    Alarm(7, "hacking", ("guard 'jpeg' fell by 0.3 sd <since> iteration 5",), best=5).write(run / "stopping.json")
+    text = write_report(run).read_text(encoding="utf-8")
+    assert text.index("Stopped by its guards at iteration 7: hacking") < text.index("What it looks like")
+    assert "fell by 0.3 sd &lt;since&gt; iteration 5" in text
+    assert "those of iteration 5" in text
+    _Page(text)
+
+
+def test_what_the_guards_saw_is_drawn_with_a_sentence_each(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", finished=False)
+    metrics, times = JsonlTracker(run / "metrics.jsonl"), JsonlTracker(run / "timings.jsonl")
+    for i in range(7, 10):
+        metrics.log(i, {"media/edge_density": 0.1 * i, "eval/media/edge_density": 0.2, "media/diversity": 3.0 - 0.1 * i,
+                        "eval/kl_per_dim": 1e-3 * i, "guard/jpeg_drop": 0.1 * i, "reward/captions/swap_inconsistency": 0.2,
+                        "eval/captions_win_rate": 0.5, "eval/captions_win_rate_low": 0.4, "eval/captions_win_rate_high": 0.6})
+        times.log(i, {"judge/captions/self_agreement": 0.9})
+    section = write_report(run).read_text(encoding="utf-8").split("<h2>Guards</h2>")[1].split("<h2>")[0]
+    for title in ("Fall from the peak", "captions, win rate", "Edge density", "Diversity within groups", "Distance from the reference, KL",
+                  "Judges: swap inconsistency", "Judges: self agreement"):
+        chart = section.split(f"<h3>{title}</h3>")[1].split("</div>")[0]
+        assert re.match(r"<p>[A-Z].{20,}\.</p><svg", chart), title

@@ -22,7 +22,7 @@ from visalign.parts import Parts
 from visalign.plugins import load_reward
 from visalign.preferences import PreferenceDataset, cached_latents, load_preferences
 from visalign.protocols import RecordedScores, Reward, Sampler, SetReward
-from visalign.samplers.dynamics import build_dynamics
+from visalign.samplers.dynamics import FlowSDE, build_dynamics
 from visalign.samplers.identity import pipeline_identity
 from visalign.samplers.mixed import MixedSampler
 from visalign.samplers.policy import PipelinePolicy
@@ -45,7 +45,7 @@ def build(config: Config, processes: Processes) -> Parts:
     dataset = read_preferences(config)
     prompts, eval_prompts = build_prompts(config, dataset)
     sampler: Sampler = build_sampler(config)
-    terms, guards = build_rewards(config)
+    terms, guards, stopping = build_rewards(config)
     combiner = build_combiner(config.combine.name, config.combine.params, [term.name for term in terms], [term.weight for term in terms],
                               config.algorithm.advantage.level)
     algorithm = build_algorithm(config, terms)
@@ -63,8 +63,8 @@ def build(config: Config, processes: Processes) -> Parts:
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
     train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
     return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=algorithm,
-                 terms=terms, combiner=combiner, guards=guards, prompts=prompts, eval_prompts=eval_prompts,
-                 save_adapter=policy.save_adapter)
+                 terms=terms, combiner=combiner, guards=guards, stopping=stopping, ruler=FlowSDE(), prompts=prompts,
+                 eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
 
 
 def read_preferences(config: Config) -> PreferenceDataset | None:
@@ -118,8 +118,8 @@ def build_sampler(config: Config) -> TrajectorySampler:
                              same_initial_noise=settings.same_initial_noise, storage_dtype=getattr(torch, settings.storage_dtype))
 
 
-def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward]]:
-    """Rewards trained on and rewards watched, each under a name of its own: the second "clip" is called "clip_2".
+def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward], frozenset[str]]:
+    """Rewards trained on, rewards watched and the names of those that may stop the run; the second "clip" is called "clip_2".
 
     A run on a preference data set has one term, the scores recorded there."""
     loaded = {name: (entry, load(entry)) for name, entry in unique_names([*config.rewards, *config.guards]).items()}
@@ -129,7 +129,7 @@ def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward]]:
     guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig) and isinstance(reward, Reward)}
     if config.data.offline is not None:
         terms = [RewardTerm(name=SCORE, reward=RecordedScores())]
-    return terms, guards
+    return terms, guards, frozenset(name for name, (entry, _) in loaded.items() if isinstance(entry, GuardConfig) and entry.stops)
 
 
 def load(entry: RewardConfig | GuardConfig) -> Reward | SetReward:

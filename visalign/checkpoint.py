@@ -169,13 +169,18 @@ def _folders(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("*") if p.is_dir() and re.fullmatch(r"\d{6,}", p.name)) if root.is_dir() else []
 
 
+def best(root: Path) -> Path | None:
+    """The checkpoint with the highest score, the latest among equals; ``None`` where none has a score."""
+    manifests = {path: path / MANIFEST for path in _folders(root)}
+    scores = {path: json.loads(file.read_text(encoding="utf-8")).get("score") for path, file in manifests.items() if file.is_file()}
+    scored = [path for path, score in scores.items() if score is not None]
+    return max(scored, key=lambda path: (scores[path], path.name)) if scored else None
+
+
 def _prune(root: Path, keep: int) -> None:
-    folders = _folders(root)
-    scores = {p: json.loads((p / MANIFEST).read_text(encoding="utf-8")).get("score") for p in folders if (p / MANIFEST).is_file()}
-    scored = [p for p, score in scores.items() if score is not None]
-    best = max(scored, key=lambda p: scores[p]) if scored else None
-    for path in folders[:-keep]:
-        if path != best:
+    kept = best(root)
+    for path in _folders(root)[:-keep]:
+        if path != kept:
             # Renamed first, so that a kill during the deletion never leaves a folder that looks like a checkpoint.
             doomed = root / f".partial-{path.name}-pruned"
             path.rename(doomed)

@@ -190,10 +190,38 @@ class RewardConfig(Section):
 
 
 class GuardConfig(Section):
-    """A metric watched during evaluation and never trained on: how reward hacking is seen."""
+    """A reward asked in evaluations and never trained on: how reward hacking is seen.
+
+    Attributes:
+        name, params: as of rewards.
+        stops: whether its fall may end the run (``stopping``); if false it is only watched.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     params: dict[str, Any] = Field(default_factory=dict)
+    stops: bool = True
+
+
+class StoppingConfig(Section):
+    """When guards end a run: one of them falls although the training reward does not (hacking), or everything falls (collapse).
+
+    Every evaluation after the first is compared with the guard's best one, prompt by prompt (``visalign/guards/rule.py``).
+
+    Attributes:
+        stop: end the run there, with the weights of its best evaluation as its result; if false, only say so.
+        fall: smallest fall that counts, in standard deviations of the guard between prompts before training.
+        confidence: that a run whose guards do not fall is not stopped, however often it is evaluated.
+        patience: evaluations in a row that must show a fall.
+        statistics: what happens when the media change (edge density, colours, loudness, motion, ... by ``shift`` standard deviations, or
+            half of the diversity gone) while the training reward rises: ``warn``, ``stop`` or ``ignore``.
+    """
+
+    stop: bool = True
+    fall: NonNegative = 0.1
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    patience: Positive = 1
+    statistics: Literal["warn", "stop", "ignore"] = "warn"
+    shift: PositiveFloat = 1.0
 
 
 class SamplerConfig(Section):
@@ -410,6 +438,7 @@ class Config(Section):
     rewards: tuple[RewardConfig, ...] = ()
     combine: NamedPart = Named(name="weighted")
     guards: tuple[GuardConfig, ...] = ()
+    stopping: StoppingConfig = Field(default_factory=StoppingConfig)
     sampler: SamplerConfig = Field(default_factory=SamplerConfig)
     algorithm: AnyAlgorithm = Field(default_factory=GrpoConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)

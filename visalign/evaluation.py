@@ -7,9 +7,10 @@ compared pair by pair, which removes the prompts' and the seeds' variance from t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from visalign.distributed import Processes
+from visalign.guards.observe import observe
 from visalign.maths.seeds import derive_seed
 from visalign.media import save_samples
 from visalign.protocols import Policy, Reward, Sampler
@@ -25,6 +27,7 @@ from visalign.scoring import score
 from visalign.types import Media, Prompt, Scores
 
 NUM_RESAMPLES = 2000
+BANDWIDTH = "bandwidth"
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,15 @@ class Evaluation:
     """What one set of weights got.
 
     Attributes:
-        values: per metric (``reward`` or ``reward/axis``) one number per sample on the reward's raw scale, float64 (n,), NaN where invalid.
+        values: per metric (``reward`` or ``reward/axis``) one number per sample on the reward's raw scale, float64 (n,), NaN where invalid;
+            ``media/<name>`` are the statistics of ``guards.observe``.
         seeds: one per sample.
+        whole: numbers about all samples together, finite: their ``diversity``, and the ``bandwidth`` it was measured with.
     """
 
     values: Mapping[str, Tensor]
     seeds: tuple[int, ...]
+    whole: Mapping[str, float] = field(default_factory=dict)
 
     def intervals(self) -> dict[str, Interval]:
         """Mean and 95 % interval per metric; metrics without a single valid sample are left out."""
@@ -58,13 +64,13 @@ class Evaluation:
         found: dict[str, float] = {}
         for name, interval in self.intervals().items():
             found |= {f"eval/{name}": interval.mean, f"eval/{name}_low": interval.low, f"eval/{name}_high": interval.high}
-        return found
+        return {**found, **{f"eval/{name}": value for name, value in self.whole.items() if name != BANDWIDTH}}
 
     def write(self, path: Path) -> None:
         """As JSON; NaN becomes null."""
         rows = {name: [None if v != v else v for v in values.tolist()] for name, values in self.values.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"seeds": list(self.seeds), "values": rows}), encoding="utf-8")
+        path.write_text(json.dumps({"seeds": list(self.seeds), "values": rows, "whole": dict(self.whole)}), encoding="utf-8")
 
     @staticmethod
     def read(path: Path) -> Evaluation:
@@ -72,7 +78,7 @@ class Evaluation:
         stored = json.loads(path.read_text(encoding="utf-8"))
         values = {name: torch.tensor([float("nan") if v is None else v for v in row], dtype=torch.float64)
                   for name, row in stored["values"].items()}
-        return Evaluation(values=values, seeds=tuple(stored["seeds"]))
+        return Evaluation(values=values, seeds=tuple(stored["seeds"]), whole=stored.get("whole", {}))
 
 
 def bootstrap_mean(values: Tensor, confidence: float = 0.95, seed: int = 0) -> Interval:
@@ -103,7 +109,7 @@ def bootstrap_gain(before: Tensor, after: Tensor, confidence: float = 0.95, seed
 
 def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, seed: int, batch: int,
              processes: Processes, folder: Path | None = None, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-             progress: Callable[[int, int], None] = lambda done, total: None) -> Evaluation | None:
+             progress: Callable[[int, int], None] = lambda done, total: None, bandwidth: float | None = None) -> Evaluation | None:
     """One sample per prompt, scored by every reward that judges samples one by one or as a set (groups have no meaning here).
 
     Args:
@@ -112,6 +118,7 @@ def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], pr
         folder: where media and their index are written.
         autocast: precision of the denoiser, as in training.
         progress: called with (samples made, samples in all).
+        bandwidth: ruler of the diversity, from the evaluation this one is to be compared with; ``None`` makes one of these samples.
     Returns:
         On the main process the evaluation, on the others ``None``: media are made on all of them and scored together on one.
     """
@@ -133,7 +140,11 @@ def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], pr
     scores = score(judges, media, prompts, list(range(len(prompts))))
     if folder is not None:
         save_samples(folder, media, prompts, seeds, {name: one.value for name, one in scores.items()})
-    return Evaluation(values=_values(scores), seeds=tuple(seeds))
+    seen = observe(media)
+    ruler = seen.bandwidth() if bandwidth is None else bandwidth
+    whole = {"diversity": seen.diversity(ruler), BANDWIDTH: ruler}
+    return Evaluation(values={**_values(scores), **{f"media/{name}": column for name, column in seen.statistics.items()}},
+                      seeds=tuple(seeds), whole={name: value for name, value in whole.items() if math.isfinite(value)})
 
 
 def write_comparison(path: Path, before: Evaluation, after: Evaluation) -> None:

@@ -7,9 +7,8 @@ summed through ``distributed``; what must be the same after a resume (everything
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -17,24 +16,24 @@ import torch
 from torch import Tensor
 
 from visalign import checkpoint, invariants, scoring
-from visalign.composition.adaptive import Constrained
+from visalign.assessment import Assessed, Assessment
 from visalign.config import Config
 from visalign.credit import CircuitBreaker, Credit, asked, assign_credit, check_prompts, judge_sets
 from visalign.data import GroupSampler
 from visalign.distributed import Processes
 from visalign.ema import EMA
-from visalign.evaluation import Evaluation, evaluate
 from visalign.geometry import Geometry, assign_updates
+from visalign.guards.watch import Alarm, Watch
 from visalign.maths.advantages import AdvantageRule
 from visalign.maths.seeds import derive_seed
 from visalign.optimization import Optimization, Step, step_metrics
 from visalign.parts import Parts
 from visalign.progress import Callback, Silent
 from visalign.protocols import Remembers
-from visalign.runfolder import RunFolder
+from visalign.runfolder import AFTER, BEFORE, RunFolder, evaluation_label
 from visalign.state import State
 from visalign.tally import Tally, concatenate_scores
-from visalign.types import Batch, Experience, Media, Prompt, Scores, Trajectory
+from visalign.types import Batch, Experience, Media, Scores, Trajectory
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ def run(parts: Parts, config: Config, run_dir: Path, processes: Processes, *, re
     try:
         loop.start(resume)
         loop.callback.on_start(loop.state.iteration, config.train.iterations)
-        while loop.state.iteration < config.train.iterations:
+        while loop.state.iteration < config.train.iterations and loop.alarm is None:
             loop.iterate()
         loop.finish()
     finally:
@@ -98,6 +97,10 @@ class Loop:
                            data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker(),
                            memories={**{term.name: term.reward for term in parts.terms if isinstance(term.reward, Remembers)},
                                      **({COMBINER: parts.combiner} if isinstance(parts.combiner, Remembers) else {})})
+        watch = Watch(parts.terms, {name: guard.spec for name, guard in parts.guards.items() if name in parts.stopping}, config.stopping,
+                      self.folder, processes)
+        self.assessment = Assessment(parts, config, self.folder, processes, watch)
+        self.alarm: Alarm | None = None  # why the run ends before its last iteration
         self.timings: dict[str, float] = {}
         self.moved = False  # whether this process has changed the weights yet
 
@@ -107,20 +110,29 @@ class Loop:
         with self.phase("sample"):
             trajectory = self.collect()
         with self.phase("score"):
-            scores = self.score(trajectory)
+            scores, seen = self.score(trajectory)
         self.timings |= scoring.telemetry(asked(self.parts.terms))
         experience, credit = self.credit(trajectory, scores)
         with self.phase("update"):
-            metrics = {**credit.metrics, **self.update(experience)}
+            metrics = {**credit.metrics, **seen, **self.update(experience)}
         iteration, self.state.iteration = self.state.iteration, self.state.iteration + 1
         done = self.state.iteration == self.config.train.iterations
+        standing: float | None = None  # only evaluated weights can be the best
         if done or self.due(self.config.evaluation.every):
-            metrics |= self.evaluated("after" if done else f"iteration-{self.state.iteration:06d}")
+            found = self.evaluated(AFTER if done else evaluation_label(self.state.iteration))
+            metrics, standing, self.alarm = {**metrics, **found.metrics}, found.standing, self.heeded(found.alarm)
         self.folder.log(iteration, metrics, self.timings)
-        if done or self.due(self.config.checkpoint.every):
-            self.callback.on_phase("save", 0, 1)
-            self.state.save(self.parts.policy, self.folder, self.config, self.processes, score=metrics.get("credit/reward_mean"))
+        if done or self.due(self.config.checkpoint.every) or standing is not None:
+            self.save(standing)
         self.callback.on_iteration(iteration, metrics)
+
+    def save(self, standing: float | None) -> None:
+        self.callback.on_phase("save", 0, 1)
+        self.state.save(self.parts.policy, self.folder, self.config, self.processes, score=standing)
+
+    def heeded(self, alarm: Alarm | None) -> Alarm | None:
+        """An alarm that ends the run: there must be evaluated checkpoints to choose the result from."""
+        return alarm if self.config.stopping.stop and self.config.evaluation.every else None
 
     def due(self, every: int) -> bool:
         return every > 0 and self.state.iteration % every == 0
@@ -139,17 +151,18 @@ class Loop:
         invariants.check_groups(trajectory, self.geometry.group_size)
         return trajectory
 
-    def score(self, trajectory: Trajectory) -> dict[str, Scores]:
-        """Scores of this process's samples by reward name, each (N_local,); those of a data set come with it."""
+    def score(self, trajectory: Trajectory) -> tuple[dict[str, Scores], dict[str, float]]:
+        """Scores of this process's samples by reward name, each (N_local,), and what all samples look like; a data set has its scores."""
         if trajectory.scores:
-            return dict(trajectory.scores)
+            return dict(trajectory.scores), {}
         media: list[Media] = []
         prompts = [trajectory.prompts[g] for g in trajectory.group_id.tolist()]
         with torch.no_grad():
             for part in trajectory.x_final.split(self.geometry.microbatch):
                 media += self.parts.policy.decode(part.to(self.processes.device), prompts[len(media):len(media) + len(part)])
                 self.callback.on_phase("score", len(media), trajectory.num_samples)
-        return scoring.score(asked(self.parts.terms), media, prompts, trajectory.group_id.tolist())
+        seen = self.assessment.watch.of_samples(media, trajectory.group_id)
+        return scoring.score(asked(self.parts.terms), media, prompts, trajectory.group_id.tolist()), seen
 
     def credit(self, trajectory: Trajectory, scores: Mapping[str, Scores]) -> tuple[Experience, Credit]:
         """Advantages from the statistics of all processes' samples; this process keeps its own rows."""
@@ -218,36 +231,12 @@ class Loop:
         members = torch.stack([torch.randperm(self.geometry.group_size, generator=generator) for generator in generators])
         return assign_updates(members, self.geometry.updates)
 
-    def evaluated(self, label: str) -> dict[str, float]:
-        """Metrics of the current weights (their average, if there is one) on the evaluation prompts; kept under ``label``."""
-        settings, optimization = self.config.evaluation, self.state.optimization
+    def evaluated(self, label: str) -> Assessed:
+        """The current weights (their average, if there is one) on the evaluation prompts; kept under ``label``."""
+        autocast = self.state.optimization.autocast
         with self.phase("evaluate"), self.averaged_weights():
-            prompts = self.parts.eval_prompts[:settings.num_prompts]
-            found = evaluate(self.parts.eval_policy, self.parts.sampler, self.parts.eval_rewards, prompts,
-                             seed=settings.seed, batch=settings.batch, processes=self.processes, folder=self.folder.samples(label),
-                             autocast=lambda: optimization.autocast(cache=True),
-                             progress=lambda done, total: self.callback.on_phase("evaluate", done, total))
-        if found is None:
-            return {}
-        found.write(self.folder.evaluation(label))
-        return {**found.metrics(), **self.constraints(found, prompts)}
-
-    def constraints(self, found: Evaluation, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """The held-out test of a run's constraints: ``eval/<name>_slack``, what the bound exceeds the threshold by, and whether all hold.
-
-        Nothing without ``data.eval_prompts``: prompts that were trained on show nothing."""
-        combiner = self.parts.combiner
-        if not isinstance(combiner, Constrained) or self.config.data.eval_prompts is None:
-            return {}
-        # Evaluations have one sample per prompt, so that rewards of whole groups or sets are not in them.
-        values = {term.name: term.transform(term.reward.spec.direction * found.values[term.name], prompts)
-                  for term in self.parts.terms if term.name in combiner.thresholds and term.name in found.values}
-        if len(values) < len(combiner.thresholds):
-            return {}
-        verdicts = combiner.held_out(values)
-        slack = {f"eval/{name}_slack": verdict.bound - verdict.threshold for name, verdict in verdicts.items()}
-        return {**{name: value for name, value in slack.items() if math.isfinite(value)},
-                "eval/constraints_hold": float(all(verdict.holds for verdict in verdicts.values()))}
+            return self.assessment.assess(label, self.state.iteration, lambda: autocast(cache=True),
+                                          lambda done, total: self.callback.on_phase("evaluate", done, total))
 
     def start(self, resume: bool) -> None:
         """Take up the newest checkpoint, or start with an evaluation of the weights as they are."""
@@ -262,10 +251,20 @@ class Loop:
         self.folder.open(self.config, saved)
         if saved is None:
             # Row -1: what the weights give before iteration 0.
-            self.folder.log(-1, self.evaluated("before"), self.timings)
+            self.folder.log(-1, self.evaluated(BEFORE).metrics, self.timings)
+            if self.config.stopping.stop and self.config.evaluation.every:
+                self.save(0.0)  # the start may turn out to be the best
+            return
+        self.assessment.watch.begin()
+        self.alarm = self.heeded(self.assessment.watch.recall(self.state.iteration, self.config.train.iterations))
 
     def finish(self) -> None:
-        """Leave the result: the adapter (with averaged weights, if there are any), before against after, the report."""
+        """Leave the result: the adapter (with averaged weights, if there are any), before against after, the report.
+
+        After an alarm the result is that of the best evaluation."""
+        if self.alarm is not None:
+            self.state.take_weights(self.parts.policy, checkpoint.load(self.folder.checkpoints / f"{self.alarm.best:06d}"))
+        self.folder.settle(self.alarm, self.config.train.iterations)
         if self.processes.is_main:
             with self.averaged_weights():
                 self.parts.save_adapter(self.folder.adapter)

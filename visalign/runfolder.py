@@ -5,6 +5,7 @@
     timings.jsonl    wall-clock seconds per phase, kept apart for that reason
     samples/LABEL    media of an evaluation, before, after and between; evaluations/LABEL.json has their scores
     evaluation.json  before against after, with intervals
+    stopping.json    why the guards ended the run, if they did; adapter and "after" are then those of the best evaluation
     checkpoints/     see ``checkpoint``
     adapter/         the trained weights, for the pipeline's own library
     report.html      all of it to look at
@@ -12,6 +13,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,9 +21,16 @@ from visalign import checkpoint
 from visalign.checkpoint import Checkpoint
 from visalign.config import Config, dump_config
 from visalign.evaluation import Evaluation, write_comparison
+from visalign.guards.alarm import Alarm
 from visalign.tracking import METRICS, JsonlTracker, Tracker, open_trackers
 
 TIMINGS = "timings.jsonl"
+BEFORE, AFTER = "before", "after"
+
+
+def evaluation_label(iteration: int) -> str:
+    """What the evaluation after so many iterations is kept under while the run goes on."""
+    return f"iteration-{iteration:06d}" if iteration else BEFORE
 
 
 class RunFolder:
@@ -29,7 +38,7 @@ class RunFolder:
 
     def __init__(self, path: Path, writes: bool) -> None:
         self.path, self.writes = path, writes
-        self.checkpoints, self.adapter = path / "checkpoints", path / "adapter"
+        self.checkpoints, self.adapter, self.stopping = path / "checkpoints", path / "adapter", path / "stopping.json"
         self._trackers: list[Tracker] = []
         self._timings: Tracker | None = None
 
@@ -72,9 +81,23 @@ class RunFolder:
         """Size of ``metrics.jsonl`` now; rows are flushed as they are logged."""
         return (self.path / METRICS).stat().st_size
 
+    def settle(self, alarm: Alarm | None, last: int) -> None:
+        """If an alarm ended the run, say so in ``stopping.json`` and make the evaluation of its best weights the one after training."""
+        if not self.writes:
+            return
+        if alarm is None:
+            self.stopping.unlink(missing_ok=True)
+            return
+        alarm.write(self.stopping)  # first: whoever resumes from here on must not judge the evaluation that follows as the latest
+        if alarm.best != last:
+            label = evaluation_label(alarm.best)
+            shutil.copyfile(self.evaluation(label), self.evaluation(AFTER))
+            shutil.rmtree(self.samples(AFTER), ignore_errors=True)
+            shutil.copytree(self.samples(label), self.samples(AFTER))
+
     def conclude(self) -> None:
         """Write before against after, and the report."""
-        before, after = self.evaluation("before"), self.evaluation("after")
+        before, after = self.evaluation(BEFORE), self.evaluation(AFTER)
         if before.exists() and after.exists():
             write_comparison(self.path / "evaluation.json", Evaluation.read(before), Evaluation.read(after))
         from visalign.report import write_report  # matplotlib is slow to import and only needed here

@@ -84,21 +84,29 @@ class State:
         self.optimization.restore(saved.tensors["optimizer"], saved.state["optimization"])
         self.data.load_state_dict(saved.state["data"])
         self.breaker.load_state_dict(saved.state["breaker"])
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(weights[name])
+        self.take_weights(policy, saved)
         for name, memory in self.memories.items():
             memory.load_state_dict(saved.tensors.get(f"reward-{name}", {}))
         for name in saved.tensors:
             if name.startswith("role-"):
                 policy.snapshot(cast(Role, name.removeprefix("role-")), saved.tensors[name])
-        if self.ema is not None:
-            if saved.state["ema_steps"] is None:
-                raise ValueError(f"{saved.path} was written without ema; leave ema out, or start a new run")
-            self.ema.restore(saved.tensors["ema"], int(saved.state["ema_steps"]))
         if len(saved.state["rng"]) == processes.world:
             checkpoint.restore_rng(saved.tensors[f"rng-{processes.rank:05d}"], saved.state["rng"][processes.rank])
         else:
             logger.warning("resuming on %d processes a run that had %d: samples and updates are the same, dropout, if any, is drawn anew",
                            processes.world, len(saved.state["rng"]))
         self.iteration = int(saved.state["iteration"])
+
+    def take_weights(self, policy: Policy, saved: Checkpoint) -> None:
+        """The trained weights of a checkpoint and their average, and nothing else of it.
+
+        Raises:
+            ValueError: it has no average, and this run keeps one.
+        """
+        with torch.no_grad():
+            for name, parameter in policy.named_trainable().items():
+                parameter.copy_(saved.tensors["weights"][name])
+        if self.ema is not None:
+            if saved.state["ema_steps"] is None:
+                raise ValueError(f"{saved.path} was written without ema; leave ema out, or start a new run")
+            self.ema.restore(saved.tensors["ema"], int(saved.state["ema_steps"]))

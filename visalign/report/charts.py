@@ -56,7 +56,7 @@ def line_chart(lines: Sequence[Line], x_label: str = "iteration") -> str:
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
     """Round numbers that cover [low, high]: a step of 1, 2 or 5 times a power of ten."""
-    if not high > low:
+    if not high - low > 1e-12 * max(abs(low), abs(high)):  # equal up to rounding
         margin = abs(low) * 0.1 or 1.0
         low, high = low - margin, high + margin
     raw = (high - low) / count
@@ -64,7 +64,7 @@ def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     step = max(1.0, step) if whole else step
     first = math.floor(low / step + 1e-9)
-    last = math.ceil(high / step - 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
     return [i * step for i in range(first, last + 1)]
 
 

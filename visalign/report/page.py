@@ -10,10 +10,12 @@ from pathlib import Path
 
 from visalign.config import Config, load_config
 from visalign.report.card import write_card
-from visalign.report.charts import Line, label, line_chart
+from visalign.report.charts import Line, label
 from visalign.report.glossary import explain
+from visalign.report.guards import alarm_banner, guard_section
 from visalign.report.numbers import Compared, read_comparison, read_references
 from visalign.report.pictures import figure, latest_label, pairs
+from visalign.report.sections import chart, evaluation_line, grid, series
 from visalign.tracking import read_metrics
 from visalign.versions import versions
 
@@ -44,8 +46,8 @@ def write_report(run_dir: Path | str) -> Path:
         f'<div class=meta>{escape(config.model.path)} &middot; {escape(config.algorithm.name)} &middot; '
         f"{done} of {config.train.iterations} iterations, {done * config.train.groups * config.train.group_size} samples &middot; "
         f"seed {config.train.seed}</div>",
-        _tiles(compared, config), _table(compared, references, config), _pictures(run, config), _reward_curves(rows, config),
-        _diagnostics(rows), _timings(run), _settings(run),
+        alarm_banner(run), _tiles(compared, config), _table(compared, references, config), _pictures(run, config),
+        _reward_curves(rows, config), guard_section(run, rows), _diagnostics(rows), _timings(run), _settings(run),
     ]
     css = (resources.files("visalign.report") / "style.css").read_text(encoding="utf-8")
     page = ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
@@ -107,42 +109,30 @@ def _pictures(run: Path, config: Config) -> str:
             f"<div class=pairs>{''.join(figure(*pair, names) for pair in found)}</div>")
 
 
-def _series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
-    known = [(row["iteration"] + 1, row[name]) for row in rows if name in row]
-    return [x for x, _ in known], [y for _, y in known]
-
-
 def _reward_curves(rows: Sequence[Mapping[str, float]], config: Config) -> str:
     """Training means, and evaluations with their intervals: rewards first, then guards, then the axes of each."""
     names = [reward.name for reward in config.rewards]
-    charts = [_chart(f"{name}, training", [Line(name, *_series(rows, f"reward/{name}/mean"))], explain(f"{name}/mean")) for name in names]
+    charts = [chart(f"{name}, training", [Line(name, *series(rows, f"reward/{name}/mean"))], explain(f"{name}/mean")) for name in names]
     metrics = {name for row in rows for name in row}
     for name in [*names, *(guard.name for guard in config.guards)]:
         role = "" if name in names else "Watched, not trained on: if it worsens while the reward improves, the reward is being hacked. "
-        charts.append(_chart(f"{name}, evaluation", [_evaluation_line(rows, name)], f"{role}Held-out prompts, fixed seeds, 95 % interval."))
+        charts.append(chart(f"{name}, evaluation", [evaluation_line(rows, name)], f"{role}Held-out prompts, fixed seeds, 95 % interval."))
         axes = sorted(metric for metric in metrics if metric.startswith(f"eval/{name}/") and not metric.endswith(("_low", "_high")))
-        whole = _series(rows, f"eval/{name}")
-        lines = [Line(axis.removeprefix(f"eval/{name}/"), *_series(rows, axis), points=True) for axis in axes
-                 if _series(rows, axis) != whole][:6]
-        charts.append(_chart(f"{name} by part, evaluation", lines, "Means over held-out prompts."))
-    return _grid("Rewards", "", charts)
-
-
-def _evaluation_line(rows: Sequence[Mapping[str, float]], name: str) -> Line:
-    x, y = _series(rows, f"eval/{name}")
-    (x_low, low), (x_high, high) = (_series(rows, f"eval/{name}_{side}") for side in ("low", "high"))
-    band = x == x_low == x_high
-    return Line(name, x, y, low if band else None, high if band else None, points=True)
+        whole = series(rows, f"eval/{name}")
+        lines = [Line(axis.removeprefix(f"eval/{name}/"), *series(rows, axis), points=True) for axis in axes
+                 if series(rows, axis) != whole][:6]
+        charts.append(chart(f"{name} by part, evaluation", lines, "Means over held-out prompts."))
+    return grid("Rewards", "", charts)
 
 
 def _diagnostics(rows: Sequence[Mapping[str, float]]) -> str:
     """A chart per number that moved; those that did not share a table at the end."""
     metrics, sections, still = sorted({name for row in rows for name in row}), [], []
     for title, text, prefixes in _SECTIONS:
-        series = {name: _series(rows, name) for name in metrics if name.startswith(prefixes)}
-        moved = {name: line for name, line in series.items() if _moves(line[1])}
-        still += [(name, line[1][-1]) for name, line in series.items() if line[1] and name not in moved]
-        sections.append(_grid(title, text, [_chart(name, [Line(name, *line)], explain(name)) for name, line in moved.items()]))
+        known = {name: series(rows, name) for name in metrics if name.startswith(prefixes)}
+        moved = {name: line for name, line in known.items() if _moves(line[1])}
+        still += [(name, line[1][-1]) for name, line in known.items() if line[1] and name not in moved]
+        sections.append(grid(title, text, [chart(name, [Line(name, *line)], explain(name)) for name, line in moved.items()]))
     if still:
         lines = "".join(f"<tr><td>{escape(name)}</td><td>{label(value) if math.isfinite(value) else 'unknown'}</td>"
                         f"<td class=text>{escape(explain(name))}</td></tr>" for name, value in still)
@@ -162,19 +152,8 @@ def _timings(run: Path) -> str:
         return ""
     rows = read_metrics(run, path.name)
     names = sorted({name for row in rows for name in row if name.startswith("time/")})
-    lines = [Line(name.removeprefix("time/"), *_series(rows, name)) for name in names[:6]]
-    return _grid("Time", "", [_chart("seconds per iteration", lines, "Wall clock, by phase.")])
-
-
-def _chart(title: str, lines: Sequence[Line], text: str) -> str:
-    drawing = line_chart(lines)
-    return f"<div class=chart><h3>{escape(title)}</h3><p>{escape(text)}</p>{drawing}</div>" if drawing else ""
-
-
-def _grid(title: str, text: str, charts: Sequence[str]) -> str:
-    drawn = "".join(charts)
-    about = f"<p>{escape(text)}</p>" if text else ""
-    return f"<h2>{escape(title)}</h2>{about}<div class=charts>{drawn}</div>" if drawn else ""
+    lines = [Line(name.removeprefix("time/"), *series(rows, name)) for name in names[:6]]
+    return grid("Time", "", [chart("seconds per iteration", lines, "Wall clock, by phase.")])
 
 
 def _settings(run: Path) -> str:
