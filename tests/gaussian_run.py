@@ -25,7 +25,7 @@ from visalign.maths.oracle import GaussianWorld
 from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.parts import Parts
 from visalign.rewards.function import FunctionReward
-from visalign.samplers.dynamics import FlowSDE, build_dynamics
+from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import TrajectorySampler
 from visalign.samplers.steps import build_selection
@@ -72,7 +72,7 @@ def parts(settings: Config, reward: Callable[..., Any] = mean_value, num_steps: 
                      iterations=settings.train.iterations, old_log_prob=settings.algorithm.old_log_prob)
     term = RewardTerm("value", FunctionReward(reward, name="value", modality=["audio"]))
     values: dict[str, Any] = {"policy": policy, "train_policy": policy, "eval_policy": policy, "sampler": sampler, "algorithm": algorithm,
-                              "terms": [term], "guards": {}, "ruler": FlowSDE(), "prompts": PROMPTS, "eval_prompts": PROMPTS,
+                              "terms": [term], "guards": {}, "prompts": PROMPTS, "eval_prompts": PROMPTS,
                               "save_adapter": lambda folder: None}
     return Parts(**{**values, **changes})
 

@@ -136,9 +136,11 @@ def test_more_evaluation_prompts_than_there_are_is_an_error(sd3):
 
 
 def test_rewards_of_one_name_get_names_of_their_own(sd3):
-    terms, guards = build_rewards(config(sd3, "rewards.+={name: jpeg_compressibility, weight: 2}", "guards.+={name: jpeg_compressibility}"))
+    terms, guards, stopping = build_rewards(config(sd3, "rewards.+={name: jpeg_compressibility, weight: 2}",
+                                                   "guards.+={name: jpeg_compressibility, stops: false}"))
     assert [(term.name, term.weight) for term in terms] == [("jpeg_compressibility", 1.0), ("jpeg_compressibility_2", 2.0)]
     assert list(guards) == ["jpeg_incompressibility", "jpeg_compressibility_3"]
+    assert stopping == {"jpeg_incompressibility"}
 
 
 def test_a_missing_model_says_so(sd3, tmp_path):

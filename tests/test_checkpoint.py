@@ -11,12 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import gaussian_run
 import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
 
+from tests import gaussian_run
 from visalign import checkpoint
 from visalign.checkpoint import CheckpointError, PickleRefusedError
 

@@ -3,10 +3,10 @@
 import math
 from types import SimpleNamespace
 
-import gaussian_run
 import pytest
 import torch
 
+from tests import gaussian_run
 from visalign import checkpoint
 from visalign.composition.adaptive import Constrained, MaxMin
 from visalign.composition.by_prompt import ByPrompt, with_weights

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from gaussian_run import PROMPTS, config, mean_value, parts
 
+from tests.gaussian_run import PROMPTS, config, mean_value, parts
 from visalign.distributed import Processes
 from visalign.evaluation import Evaluation, bootstrap_gain, bootstrap_mean, evaluate, write_comparison
 from visalign.media import read_index

@@ -7,11 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gaussian_run
 import pytest
 import torch
-from gaussian_run import PROMPTS, config, go
 
+from tests import gaussian_run
+from tests.gaussian_run import PROMPTS, config, go
 from visalign import checkpoint, invariants
 from visalign.algorithms.grpo import GRPO
 from visalign.distributed import Processes

@@ -64,13 +64,13 @@ class Assessment:
 
     def _drift(self, prompts: Sequence[Prompt], autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
         """``eval/velocity_gap`` and ``eval/kl_per_dim`` to the reference, if there is one, on the first evaluation prompts."""
-        policy, ruler = self.parts.eval_policy, self.parts.ruler
-        if ruler is None or not policy.has_role("reference"):
+        policy = self.parts.eval_policy
+        if not policy.has_role("reference"):
             return {}
         settings = self.config.evaluation
         rows = range(self.processes.rank, min(DRIFT_PROMPTS, len(prompts)), self.processes.world)
         seeds = [derive_seed(settings.seed, row) for row in rows]
-        own = measure_drift(policy, [prompts[row] for row in rows], seeds, ruler, batch=settings.batch, autocast=autocast)
+        own = measure_drift(policy, [prompts[row] for row in rows], seeds, batch=settings.batch, autocast=autocast)
         return {f"eval/{name}": value for name, value in sum(self.processes.gather_objects(own), Drift()).metrics().items()}
 
     def _constraints(self, found: Evaluation, prompts: Sequence[Prompt]) -> dict[str, float]:

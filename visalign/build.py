@@ -22,7 +22,7 @@ from visalign.parts import Parts
 from visalign.plugins import load_reward
 from visalign.preferences import PreferenceDataset, cached_latents, load_preferences
 from visalign.protocols import RecordedScores, Reward, Sampler, SetReward
-from visalign.samplers.dynamics import FlowSDE, build_dynamics
+from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.identity import pipeline_identity
 from visalign.samplers.mixed import MixedSampler
 from visalign.samplers.policy import PipelinePolicy
@@ -63,7 +63,7 @@ def build(config: Config, processes: Processes) -> Parts:
     eval_policy = policy.with_call(**config.model.eval_call) if config.model.eval_call else policy
     train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
     return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=algorithm,
-                 terms=terms, combiner=combiner, guards=guards, stopping=stopping, ruler=FlowSDE(), prompts=prompts,
+                 terms=terms, combiner=combiner, guards=guards, stopping=stopping, prompts=prompts,
                  eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from visalign.composition.fixed import Weighted
 from visalign.composition.table import Combiner
 from visalign.credit import RewardTerm
-from visalign.protocols import Algorithm, Dynamics, Policy, Reward, Sampler
+from visalign.protocols import Algorithm, Policy, Reward, Sampler
 from visalign.types import Prompt
 
 
@@ -22,7 +22,6 @@ class Parts:
         sampler: makes trajectories and evaluation samples.
         terms: the rewards trained on, ``combiner`` what makes one of them; ``guards`` are watched in evaluations only, and those named in
             ``stopping`` may end the run.
-        ruler: the stochastic sampler in whose path KL the distance to the reference is told; ``None`` does not measure it.
         save_adapter: writes the trained weights into a folder, where the pipeline's own library loads them.
     """
 
@@ -38,7 +37,6 @@ class Parts:
     save_adapter: Callable[[Path], None]
     combiner: Combiner = field(default_factory=Weighted)
     stopping: frozenset[str] = frozenset()
-    ruler: Dynamics | None = None
 
     @property
     def eval_rewards(self) -> dict[str, Reward]:

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import gaussian_run
 import pytest
 import torch
 
+from tests import gaussian_run
 from visalign.algorithms.nft import NFT
 from visalign.algorithms.noising import Times
 from visalign.algorithms.old_policy import PUBLISHED, Decay, follow

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import gaussian_run
 import pytest
 import torch
 
+from tests import gaussian_run
 from visalign.algorithms.errors import answer, mean_squared
 from visalign.algorithms.noising import Times, add_noise, gaussian_noise
 from visalign.algorithms.pairing import Pairing

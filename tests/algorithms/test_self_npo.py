@@ -3,12 +3,12 @@
 import json
 from dataclasses import replace
 
-import gaussian_run
 import pytest
 import torch
 from torch import nn
 
 from scripts.tiny_families import by_name
+from tests import gaussian_run
 from visalign import loop
 from visalign.algorithms.noising import Times
 from visalign.algorithms.self_npo import SelfNpo

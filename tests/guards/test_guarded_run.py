@@ -2,11 +2,11 @@
 
 import json
 
-import gaussian_run
 import pytest
 import torch
-from gaussian_run import config, go
 
+from tests import gaussian_run
+from tests.gaussian_run import config, go
 from visalign import checkpoint
 from visalign.distributed import Processes
 from visalign.evaluation import Evaluation

@@ -1,9 +1,9 @@
 """Data among samples: who is where, the same on every number of processes, and what it is for."""
 
-import gaussian_run
 import pytest
 import torch
 
+from tests import gaussian_run
 from visalign.algorithms.noising import Times
 from visalign.algorithms.pairing import Pairing
 from visalign.algorithms.preference import PreferenceOptimisation

@@ -1,10 +1,11 @@
 """How far the policy has moved from its reference, measured on states that the policy itself visits.
 
     velocity_gap    sqrt( mean |v_policy - v_reference|^2 / mean |v_reference|^2 )          relative, 0 before the first update
-    kl_per_dim      sum over steps of |mean_policy - mean_reference|^2 / (2 std^2 D)        nats per latent dimension of whole paths
+    kl_per_dim      sum over steps of (1 - s) / s h |v_policy - v_reference|^2 / D          nats per latent dimension
 
-The KL is that of paths under one stochastic sampler, the same for every run (Flow-GRPO's SDE): a ruler, whatever a run samples with. It
-is taken along the deterministic path, where a run's evaluations are made too.
+with ``s = sigma / (alpha + sigma)`` and h its decrease. The KL is that of paths under the memoryless SDE ``g^2 = 2 s / (1 - s)``, in
+continuous time (Girsanov) and summed over the run's steps: one ruler for all runs, whatever they sample with. It is taken on the
+deterministic path, where evaluations are made too. Source of the SDE: adjoint matching, arXiv:2409.08861.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 import torch
 
-from visalign.maths.gaussian import state_coefficients
-from visalign.protocols import Dynamics, Policy
+from visalign.maths.process import flow_coordinates
+from visalign.protocols import Policy
 from visalign.types import Prompt
 
 
@@ -45,12 +46,11 @@ class Drift:
 
 
 @torch.no_grad()
-def measure_drift(policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], ruler: Dynamics, *, batch: int,
+def measure_drift(policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], *, batch: int,
                   autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Drift:
     """Drift over one deterministic path per prompt and seed; twice the denoiser calls of sampling them.
 
     Args:
-        ruler: the stochastic sampler whose path KL is reported; its deterministic steps add nothing.
         batch: samples per denoiser call.
     """
     levels, total = policy.schedule.levels, Drift()
@@ -64,9 +64,8 @@ def measure_drift(policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int
                 own, other = (policy.predict(x, step, conditioning, role) for role in ("policy", "reference"))
                 difference = float((own.velocity - other.velocity).double().square().sum())
                 gap, norm = gap + difference, norm + float(other.velocity.double().square().sum())
-                transition = ruler.transition(levels, step)
-                if transition.std > 0:
-                    kl += (state_coefficients(levels[step], transition)[1] / transition.std) ** 2 / 2 * difference / x[0].numel()
+                here, there = flow_coordinates(levels[step]).s, flow_coordinates(levels[step + 1]).s
+                kl += (1 - here) / here * (here - there) * difference / x[0].numel()
                 x = levels[step + 1].alpha * own.x0 + levels[step + 1].sigma * own.x1
         total += Drift(gap, norm, kl, len(x))
     return total

@@ -15,7 +15,7 @@ _EXACT = {
     "grpo/approx_kl": "Distance between updated and sampling policy (k3 estimate, per dimension).",
     "grpo/kl_old": "Exact KL, per dimension, between updated and sampling policy.",
     "grpo/kl_reference": "Exact KL, per dimension, to the base model. How far the run has moved.",
-    "eval/kl_per_dim": "KL of whole sampling paths to the reference, nats per latent dimension, under one sampler for all runs.",
+    "eval/kl_per_dim": "KL of whole sampling paths to the reference, nats per latent dimension, under one SDE for all runs.",
     "eval/velocity_gap": "Relative distance of the denoiser's answers from the reference's, on the policy's own samples.",
     "eval/diversity": "Effective number of different evaluation samples; the ruler is that of the samples before training.",
     "media/diversity": "Effective number of different samples among those of one prompt, with the same ruler.",
