@@ -97,9 +97,7 @@ class Loop:
                            data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker(),
                            memories={**{term.name: term.reward for term in parts.terms if isinstance(term.reward, Remembers)},
                                      **({COMBINER: parts.combiner} if isinstance(parts.combiner, Remembers) else {})})
-        watch = Watch(parts.terms, {name: guard.spec for name, guard in parts.guards.items() if name in parts.stopping}, config.stopping,
-                      self.folder, processes)
-        self.assessment = Assessment(parts, config, self.folder, processes, watch)
+        self.assessment = Assessment(parts, config, self.folder, processes, Watch(parts, config.stopping, self.folder, processes))
         self.alarm: Alarm | None = None  # why the run ends before its last iteration
         self.timings: dict[str, float] = {}
         self.moved = False  # whether this process has changed the weights yet

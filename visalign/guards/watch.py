@@ -16,7 +16,7 @@ from visalign.evaluation import BANDWIDTH, Evaluation, bootstrap_mean
 from visalign.guards.alarm import Alarm
 from visalign.guards.observe import group_diversity, observe
 from visalign.guards.rule import Fall, Look, Shift, Verdict, judge, shifts
-from visalign.protocols import RewardSpec
+from visalign.parts import Parts
 from visalign.runfolder import AFTER, BEFORE, RunFolder, evaluation_label
 from visalign.types import Media
 
@@ -28,14 +28,11 @@ MEDIA = "media/"
 class Watch:
     """What a run's guards have seen. Its memory is the folder's evaluations, so that a resumed run remembers exactly as much."""
 
-    def __init__(self, terms: Sequence[RewardTerm], guards: Mapping[str, RewardSpec], settings: StoppingConfig, folder: RunFolder,
-                 processes: Processes) -> None:
-        """
-        Args:
-            terms: the rewards trained on.
-            guards: the specs of the rewards that may stop the run.
-        """
-        self.terms, self.guards, self.settings, self.folder, self.processes = terms, guards, settings, folder, processes
+    def __init__(self, parts: Parts, settings: StoppingConfig, folder: RunFolder, processes: Processes) -> None:
+        self.terms, self.settings, self.folder, self.processes = parts.terms, settings, folder, processes
+        self.directions = {name: reward.spec.direction for name, reward in
+                           [*parts.guards.items(), *((term.name, term.reward) for term in parts.terms)]}
+        self.stopping = [name for name in parts.guards if name in parts.stopping]
         self.bandwidth: float | None = None
 
     def begin(self) -> None:
@@ -86,7 +83,7 @@ class Watch:
         metrics = {f"guard/{fall.guard}_drop": fall.drop for fall in verdict.falls}
         metrics |= {"guard/alarms": float(len(verdict.alarms)), "guard/shifts": float(len(moved)),
                     "guard/best_iteration": float(looks[verdict.best].iteration)}
-        return {**metrics, **win_rates(first, found, self._directions())}, verdict.standing, self._alarm(verdict, moved, looks)
+        return {**metrics, **win_rates(first, found, self.directions)}, verdict.standing, self._alarm(verdict, moved, looks)
 
     def _alarm(self, verdict: Verdict, moved: Sequence[Shift], looks: Sequence[Look]) -> Alarm | None:
         now, best = looks[-1], looks[verdict.best].iteration
@@ -116,12 +113,8 @@ class Watch:
         return [(at, Evaluation.read(path)) for at, path in paths.items() if path.is_file()]
 
     def _look(self, found: Evaluation, iteration: int) -> Look:
-        guards = {name: spec.direction * found.values[name] for name, spec in self.guards.items() if name in found.values}
+        guards = {name: self.directions[name] * found.values[name] for name in self.stopping if name in found.values}
         return Look(iteration, training_reward(self.terms, found), guards)
-
-    def _directions(self) -> dict[str, int]:
-        return {**{name: spec.direction for name, spec in self.guards.items()},
-                **{term.name: term.reward.spec.direction for term in self.terms}}
 
     def _shifts(self, first: Evaluation, now: Evaluation) -> list[Shift]:
         before, after = ({name.removeprefix(MEDIA): values for name, values in one.values.items() if name.startswith(MEDIA)}
