@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from visalign.maths.frechet import Gaussian, Moments, frechet_distance, mahalanobis, point_distances
-from visalign.maths.swap_search import FrechetObjective, SetObjective, VendiObjective, leave_one_out, swap_search
+from visalign.maths.set_objectives import FrechetObjective, SetObjective, VendiObjective
+from visalign.maths.swap_search import leave_one_out, swap_search
 from visalign.protocols import RewardSpec
 from visalign.rewards.exemplars import Exemplars, as_encoder, load_exemplars, sample_features
 from visalign.types import Media, MediaKind, Prompt, Scores
