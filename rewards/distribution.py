@@ -23,7 +23,8 @@ from visalign.maths.frechet import Gaussian, Moments, frechet_distance, mahalano
 from visalign.maths.set_objectives import FrechetObjective, SetObjective, VendiObjective
 from visalign.maths.swap_search import leave_one_out, swap_search
 from visalign.protocols import RewardSpec
-from visalign.rewards.exemplars import Exemplars, as_encoder, load_exemplars, sample_features
+from visalign.rewards.encoders import as_encoder, sample_features
+from visalign.rewards.exemplars import Exemplars, load_exemplars
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 logger = logging.getLogger(__name__)

@@ -1,154 +1,27 @@
-"""Encoders and the exemplars a distribution is compared with: features of media, and their frozen Gaussian.
-
-An encoder is a CLIP reward (``{reward: clip, model: ...}``: its image tower with its own preprocessing), a function
-``f(media) -> features`` given as ``"package.module:function"``, or any object with the attributes of ``Encoder``.
+"""The exemplars a distribution is compared with: the frozen Gaussian of their features.
 
 Statistics are worth nothing beside another encoder's features, so they carry the encoder's name and hash and refuse any other.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from visalign.maths.frechet import Gaussian, Moments
 from visalign.media import KIND, load_media
-from visalign.types import Media, MediaKind
+from visalign.rewards.encoders import Encoder, sample_features
+from visalign.types import Media
 
 Unit = Literal["sample", "frame"]
 FORMAT = "visalign exemplars 1"
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """Turns media into features.
-
-    Attributes:
-        name: what a person calls it.
-        hash: of everything that decides its features: weights, preprocessing, code.
-        modality: kinds of media it reads.
-    """
-
-    name: str
-    hash: str
-    modality: frozenset[MediaKind]
-
-    def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        """Per sample the features of its frames or windows, float64 (k, d) on the CPU, k = 1 for an image."""
-
-
-class ClipEncoder:
-    """Unit image embeddings of a ``ClipScore``; a video gives one row per frame the score looks at."""
-
-    def __init__(self, clip: Any) -> None:
-        self.clip = clip
-        self.name = "clip:" + ":".join(clip.spec.model_ids)
-        self.modality: frozenset[MediaKind] = clip.spec.modality
-        tower = clip.model.visual
-        digest = hashlib.sha256(f"{sorted(tower.preprocess_cfg.items())} {clip.video_frames}".encode())
-        for name, tensor in sorted(tower.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        self.hash = digest.hexdigest()
-
-    @torch.no_grad()
-    def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        from visalign.rewards.clip import _frames
-
-        clip = self.clip
-        frames = [_frames(sample, clip.video_frames) for sample in media]
-        pixels = [clip.preprocess(Image.fromarray(frame.permute(1, 2, 0).contiguous().cpu().numpy()))
-                  for sample in frames for frame in sample]
-        rows = [clip._encode_image(torch.stack(pixels[i:i + clip.batch_size])).double().cpu()
-                for i in range(0, len(pixels), clip.batch_size)]
-        return list(torch.cat(rows).split([len(sample) for sample in frames]))
-
-
-class FunctionEncoder:
-    """Wraps ``function(media)``, which returns an array (n, d) or, for several frames or windows per sample, n arrays (k, d).
-
-    Its hash is that of its name and source text: editing the function asks for new statistics. What the function itself loads is
-    not seen; put a version into its text when its weights change.
-    """
-
-    def __init__(self, function: Callable[[Sequence[Media]], Any], modality: Iterable[MediaKind] = ("image",)) -> None:
-        """
-        Raises:
-            ValueError: the function has no source file to tell versions apart.
-        """
-        if isinstance(modality, str):
-            raise ValueError(f'modality is a list of kinds: write ["{modality}"]')
-        self.function = function
-        self.modality = frozenset(modality)
-        self.name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
-        try:
-            self.hash = hashlib.sha256(f"{self.name}\n{inspect.getsource(function)}".encode()).hexdigest()
-        except (OSError, TypeError) as error:
-            raise ValueError(f"encoder {function!r} has no source to hash; write a function in a module, or an object with name, hash, "
-                             "modality and encode(media)") from error
-
-    def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        """
-        Raises:
-            ValueError: not one array of one width per sample.
-        """
-        returned = self.function(media)
-        if len(returned) != len(media):
-            raise ValueError(f"encoder {self.name} returned {len(returned)} features for {len(media)} samples; return one row, or one "
-                             "array of rows, per sample")
-        rows = [torch.atleast_2d(torch.as_tensor(row).detach().cpu().double()) for row in returned]
-        if any(row.dim() != 2 or 0 in row.shape or row.shape[1] != rows[0].shape[1] for row in rows):
-            raise ValueError(f"encoder {self.name} returned features of shapes {sorted({tuple(row.shape) for row in rows})}; expected "
-                             "(frames, d) with one d for all")
-        return rows
-
-
-def as_encoder(encoder: Any, modality: Iterable[MediaKind] | None = None) -> Encoder:
-    """The encoder that ``encoder`` stands for: itself, a ``ClipScore``, a function, or ``"package.module:function"``.
-
-    Args:
-        modality: kinds a *function* reads, images by default; the others know theirs.
-    Raises:
-        ValueError: none of these, or it cannot be imported.
-    """
-    if isinstance(encoder, str):
-        if ":" not in encoder:
-            raise ValueError(f"encoder '{encoder}': write a function as package.module:function, or CLIP as "
-                             "{reward: clip, model: ..., pretrained: ...}")
-        try:
-            encoder = pkgutil.resolve_name(encoder)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"encoder '{encoder}' cannot be imported: {error}; it is looked up as package.module:function on the "
-                             "import path") from error
-    if inspect.isroutine(encoder):
-        return FunctionEncoder(encoder, modality or ("image",))
-    if not isinstance(encoder, Encoder):
-        from visalign.rewards.clip import ClipScore  # open_clip takes seconds to import
-
-        if not isinstance(encoder, ClipScore):
-            raise ValueError(f"an encoder of type {type(encoder).__name__} is not known; give a CLIP reward, package.module:function, "
-                             "or an object with name, hash, modality and encode(media)")
-        encoder = ClipEncoder(encoder)
-    if modality is not None and frozenset(modality) != encoder.modality:
-        raise ValueError(f"modality {sorted(modality)} was given, but {encoder.name} reads {sorted(encoder.modality)}; leave it out")
-    return encoder
-
-
-def sample_features(encoder: Encoder, media: Sequence[Media]) -> Tensor:
-    """One row per sample, the mean over its frames, float64 (n, d)."""
-    return torch.stack([rows.mean(dim=0) for rows in encoder.encode(media)])
 
 
 @dataclass(frozen=True)

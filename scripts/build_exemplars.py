@@ -16,7 +16,8 @@ import torch
 from visalign.config import resolve_path
 from visalign.playground import parse, render, sample_scene, train_prompts
 from visalign.plugins import load_reward
-from visalign.rewards.exemplars import as_encoder, reference_statistics, save_exemplars
+from visalign.rewards.encoders import as_encoder
+from visalign.rewards.exemplars import reference_statistics, save_exemplars
 from visalign.types import Media
 
 

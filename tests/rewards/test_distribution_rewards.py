@@ -18,7 +18,9 @@ from visalign.plugins import load_reward
 from visalign.protocols import Reward
 from visalign.rewards.clip import ClipScore
 from visalign.rewards.distribution import ExemplarDistance, FrechetDistance, VendiScore
-from visalign.rewards.exemplars import Encoder, Exemplars, FunctionEncoder, as_encoder, load_exemplars, reference_statistics, save_exemplars
+from visalign.rewards.encoders import Encoder, as_encoder
+from visalign.rewards.encoders.function import FunctionEncoder
+from visalign.rewards.exemplars import Exemplars, load_exemplars, reference_statistics, save_exemplars
 from visalign.types import Media, Prompt
 
 
