@@ -65,7 +65,7 @@ class Exemplars:
                              f"({encoder.hash[:12]}); compute the statistics again with this encoder")
         if self.unit != unit and self.count != self.num_media:
             raise ValueError(f"the exemplars' rows are {self.unit}s ({self.count} of {self.num_media} media), this reward compares "
-                             f'{unit}s; compute them with reference_statistics(..., unit="{unit}")')
+                             f"{unit}s; make them again with visalign exemplars --unit {unit}")
 
     def rows(self, metric: str) -> Tensor:
         """The kept features, float64 (k, d).

@@ -80,6 +80,19 @@ class KernelDistance(SetLevelReward):
         features = super().features(media, prompts)
         return unit_features(features) if self.unit_rows else features
 
+    def value(self, features: Tensor) -> float:
+        """Minus the metric of all features; the memory does not count.
+
+        Raises:
+            ValueError: fewer than two features, some that are not finite, or not of length 1 where the metric is defined on those.
+        """
+        self._check_length(features)
+        return -self.scale * mmd2(features, self.reference)
+
+    def credit(self, features: Tensor, group_id: Tensor) -> Tensor:
+        self._check_length(features)
+        return super().credit(features, group_id)
+
     def leave_one_out(self, features: Tensor) -> Tensor:
         return self.scale * mmd2_without_each(self._sums(features))
 
@@ -89,7 +102,13 @@ class KernelDistance(SetLevelReward):
 
     def measure(self, features: Tensor) -> tuple[Measurement, ...]:
         """The metric on its published scale."""
-        return (Measurement(self.metric, self.scale * mmd2(features, self.reference), -1, len(features)),)
+        return (Measurement(self.metric, -self.value(features), -1, len(features)),)
+
+    def _check_length(self, features: Tensor) -> None:
+        length = features.norm(dim=-1)
+        if self.unit_rows and not bool(((length - 1).abs() < 1e-6)[torch.isfinite(length)].all()):
+            raise ValueError(f"{self.metric} is defined on features of length 1, got lengths up to {float(length.max()):.4g}; take them "
+                             "from this reward's features()")
 
     def _sums(self, features: Tensor) -> MemberSums:
         memory = self.memory.features

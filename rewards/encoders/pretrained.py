@@ -17,11 +17,12 @@ def load_model(path: str, *, unused: tuple[str, ...] = (), cache_dir: str | None
     Args:
         unused: prefixes of parameters that do not matter here and may be missing.
     Raises:
-        ValueError: weights that matter are missing or have another shape.
+        ValueError: weights that matter are missing.
         OSError: the model was not found.
     """
     model, found = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, cache_dir=cache_dir)
-    lacking = sorted(name for name in [*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])]
+    # Names may carry the part they belong to: "pooler.dense.bias" of a tower, "vision_model.pooler..." of a whole.
+    lacking = sorted(name for name in found["missing_keys"]
                      if not any(part.startswith(unused) for part in (name, name.partition(".")[2])))
     if lacking:
         raise ValueError(f"{path} has no weights for {', '.join(lacking[:4])}{', ...' if len(lacking) > 4 else ''} of "

@@ -145,8 +145,12 @@ def test_bad_input(reference, tmp_path):
         KID(colour, reference, subset_size=1)
     with pytest.raises(ValueError, match="at least two rows"):
         KAD(colour, reference).measure(torch.rand(1, 3))
-    with pytest.raises(ValueError, match="MMD needs at least 2 features, got 1"):
-        KAD(colour, reference).value(torch.rand(1, 3))
+    with pytest.raises(ValueError, match="1 of 4 rows of features are not finite"):
+        KAD(colour, reference).value(torch.tensor([[0.1, 0.2, 0.3]] * 3 + [[float("nan")] * 3]))
+    cmmd = CMMD(colour, reference)
+    for ask in (cmmd.value, cmmd.measure, lambda x: cmmd.credit(x, torch.tensor([0, 0, 1, 1]))):
+        with pytest.raises(ValueError, match="CMMD is defined on features of length 1"):
+            ask(torch.full((4, 3), 0.3))
     with pytest.raises(ValueError, match="a set of 2 is too small"):
         KAD(colour, reference, credit="leave_one_out").credit(torch.rand(2, 3), torch.tensor([0, 0]))
     (tmp_path / "alike").mkdir()
