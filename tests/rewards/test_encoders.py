@@ -1,5 +1,6 @@
 """What encoders have in common, those from functions, and CLIP's; seeds stated."""
 
+import sys
 from pathlib import Path
 
 import open_clip
@@ -69,6 +70,15 @@ def test_settings_name_a_reward_whose_encoder_is_meant(tmp_path):
     encoder = as_encoder({"reward": "clip", "model": folder, "video_frames": 2})
     assert encoder.hash == as_encoder(ClipScore(folder, video_frames=2)).hash
     assert encoder.modality == {"image", "video"}
+
+
+def test_inception_wants_a_file_and_its_package(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="nothing is downloaded for you, get https://"):
+        as_encoder({"encoder": "inception", "weights": str(tmp_path / "missing.pth")})
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"pip install 'visalign\[distributional\]'"):
+        as_encoder({"encoder": "inception", "weights": str(tmp_path / "weights.pth")})
 
 
 def test_image_encoders_read_uint8_and_video_only_when_asked(tmp_path):
