@@ -2,7 +2,8 @@
 
 2048 numbers per image from the last pooling layer of the network converted from TensorFlow, after the original's own bilinear resize to
 299 x 299; uint8 in. Weights are a file of yours and are never downloaded: torch-fidelity publishes them as
-``weights-inception-2015-12-05-6726825d.pth`` with its release v0.2.0.
+``weights-inception-2015-12-05-6726825d.pth`` with its release v0.2.0. (Its wheel also installs a package named ``tests``, which hides a
+folder of that name without ``__init__.py``.)
 
 Source: FID, arXiv:1706.08500; torch-fidelity's extractor agrees with the TensorFlow original to its last digits.
 """
