@@ -6,14 +6,13 @@
 The audio is averaged over channels, resampled (soxr) and cut into windows of the model's own length, so nothing is cropped at
 random: the feature extractors of transformers crop what is longer than a window, and mark a random clip as longer for the models
 with feature fusion. Everything is float32. The windows' embeddings are also features for distribution rewards
-(``exemplars.Encoder``): ``encoder: {reward: clap, model: ...}``.
+(````encoders.Encoder````): ``encoder: {reward: clap, model: ...}``.
 
 Source: CLAP, arXiv:2211.06687.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,6 +25,7 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
 from visalign.maths.loudness import rms_dbfs
 from visalign.protocols import RewardSpec
+from visalign.rewards.encoders import weights_hash
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 
@@ -82,11 +82,7 @@ class ClapScore:
     @cached_property
     def hash(self) -> str:
         """Of the weights and of how audio is cut into windows."""
-        digest = hashlib.sha256(f"{self.extractor.to_json_string()} {self.hop} {self.padding}".encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_hash(f"{self.extractor.to_json_string()} {self.hop} {self.padding}", self.model.state_dict())
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """
@@ -117,7 +113,7 @@ class ClapScore:
 
     @torch.no_grad()
     def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        """Unit embeddings of each sample's windows, float64 (windows, d) on the CPU: ``exemplars.Encoder``."""
+        """Unit embeddings of each sample's windows, float64 (windows, d) on the CPU: ````encoders.Encoder````."""
         return [windows.double().cpu() for windows, _ in self._embed(media)]
 
     def _embed(self, media: Sequence[Media]) -> list[tuple[Tensor, Tensor]]:

@@ -83,8 +83,7 @@ class ClipScore:
         """
         self.encoder = open_clip_encoder(model, pretrained, name=name, resize_mode=resize_mode, batch_size=batch_size, device=device,
                                          cache_dir=cache_dir)
-        self.model, self.preprocess = self.encoder.model, self.encoder.preprocessing.of_pil
-        self.batch_size = batch_size
+        self.model = self.encoder.model
         self.video_frames = video_frames
         config = PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.spec = RewardSpec(
@@ -116,9 +115,6 @@ class ClipScore:
             repeated = [prompt for prompt in prompts for _ in range(frames.shape[1])]
             return self.score_tensor(frames.flatten(0, 1), repeated).unflatten(0, frames.shape[:2]).mean(dim=1)
         return self.encoder.cosines_of_pixels(media, prompts)
-
-    def _encode_image(self, pixels: Tensor) -> Tensor:
-        return self.encoder.embed(pixels)
 
 
 def _frames(sample: Media, num_frames: int) -> Tensor:

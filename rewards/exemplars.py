@@ -1,154 +1,34 @@
-"""Encoders and the exemplars a distribution is compared with: features of media, and their frozen Gaussian.
-
-An encoder is a CLIP reward (``{reward: clip, model: ...}``: its image tower with its own preprocessing), a function
-``f(media) -> features`` given as ``"package.module:function"``, or any object with the attributes of ``Encoder``.
+"""Exemplars a distribution is compared with: the frozen Gaussian of their features, and a bounded number of the features themselves.
 
 Statistics are worth nothing beside another encoder's features, so they carry the encoder's name and hash and refuse any other.
+``visalign exemplars FOLDER --encoder ... --out FILE`` writes them once, for recipes to refer to. A Fréchet distance reads mean and
+covariance, a kernel distance the kept features and, for KAD, the bandwidth frozen with them: a ruler that followed the samples could be
+moved by the policy it measures.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from visalign.maths.frechet import Gaussian, Moments
+from visalign.maths.mmd import median_distance
 from visalign.media import KIND, load_media
-from visalign.types import Media, MediaKind
+from visalign.rewards.encoders import Encoder, sample_features
+from visalign.rewards.memory import Memory
+from visalign.types import Media
 
 Unit = Literal["sample", "frame"]
-FORMAT = "visalign exemplars 1"
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """Turns media into features.
-
-    Attributes:
-        name: what a person calls it.
-        hash: of everything that decides its features: weights, preprocessing, code.
-        modality: kinds of media it reads.
-    """
-
-    name: str
-    hash: str
-    modality: frozenset[MediaKind]
-
-    def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        """Per sample the features of its frames or windows, float64 (k, d) on the CPU, k = 1 for an image."""
-
-
-class ClipEncoder:
-    """Unit image embeddings of a ``ClipScore``; a video gives one row per frame the score looks at."""
-
-    def __init__(self, clip: Any) -> None:
-        self.clip = clip
-        self.name = "clip:" + ":".join(clip.spec.model_ids)
-        self.modality: frozenset[MediaKind] = clip.spec.modality
-        tower = clip.model.visual
-        digest = hashlib.sha256(f"{sorted(tower.preprocess_cfg.items())} {clip.video_frames}".encode())
-        for name, tensor in sorted(tower.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        self.hash = digest.hexdigest()
-
-    @torch.no_grad()
-    def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        from visalign.rewards.clip import _frames
-
-        clip = self.clip
-        frames = [_frames(sample, clip.video_frames) for sample in media]
-        pixels = [clip.preprocess(Image.fromarray(frame.permute(1, 2, 0).contiguous().cpu().numpy()))
-                  for sample in frames for frame in sample]
-        rows = [clip._encode_image(torch.stack(pixels[i:i + clip.batch_size])).double().cpu()
-                for i in range(0, len(pixels), clip.batch_size)]
-        return list(torch.cat(rows).split([len(sample) for sample in frames]))
-
-
-class FunctionEncoder:
-    """Wraps ``function(media)``, which returns an array (n, d) or, for several frames or windows per sample, n arrays (k, d).
-
-    Its hash is that of its name and source text: editing the function asks for new statistics. What the function itself loads is
-    not seen; put a version into its text when its weights change.
-    """
-
-    def __init__(self, function: Callable[[Sequence[Media]], Any], modality: Iterable[MediaKind] = ("image",)) -> None:
-        """
-        Raises:
-            ValueError: the function has no source file to tell versions apart.
-        """
-        if isinstance(modality, str):
-            raise ValueError(f'modality is a list of kinds: write ["{modality}"]')
-        self.function = function
-        self.modality = frozenset(modality)
-        self.name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
-        try:
-            self.hash = hashlib.sha256(f"{self.name}\n{inspect.getsource(function)}".encode()).hexdigest()
-        except (OSError, TypeError) as error:
-            raise ValueError(f"encoder {function!r} has no source to hash; write a function in a module, or an object with name, hash, "
-                             "modality and encode(media)") from error
-
-    def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        """
-        Raises:
-            ValueError: not one array of one width per sample.
-        """
-        returned = self.function(media)
-        if len(returned) != len(media):
-            raise ValueError(f"encoder {self.name} returned {len(returned)} features for {len(media)} samples; return one row, or one "
-                             "array of rows, per sample")
-        rows = [torch.atleast_2d(torch.as_tensor(row).detach().cpu().double()) for row in returned]
-        if any(row.dim() != 2 or 0 in row.shape or row.shape[1] != rows[0].shape[1] for row in rows):
-            raise ValueError(f"encoder {self.name} returned features of shapes {sorted({tuple(row.shape) for row in rows})}; expected "
-                             "(frames, d) with one d for all")
-        return rows
-
-
-def as_encoder(encoder: Any, modality: Iterable[MediaKind] | None = None) -> Encoder:
-    """The encoder that ``encoder`` stands for: itself, a ``ClipScore``, a function, or ``"package.module:function"``.
-
-    Args:
-        modality: kinds a *function* reads, images by default; the others know theirs.
-    Raises:
-        ValueError: none of these, or it cannot be imported.
-    """
-    if isinstance(encoder, str):
-        if ":" not in encoder:
-            raise ValueError(f"encoder '{encoder}': write a function as package.module:function, or CLIP as "
-                             "{reward: clip, model: ..., pretrained: ...}")
-        try:
-            encoder = pkgutil.resolve_name(encoder)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ValueError(f"encoder '{encoder}' cannot be imported: {error}; it is looked up as package.module:function on the "
-                             "import path") from error
-    if inspect.isroutine(encoder):
-        return FunctionEncoder(encoder, modality or ("image",))
-    if not isinstance(encoder, Encoder):
-        from visalign.rewards.clip import ClipScore  # open_clip takes seconds to import
-
-        if not isinstance(encoder, ClipScore):
-            raise ValueError(f"an encoder of type {type(encoder).__name__} is not known; give a CLIP reward, package.module:function, "
-                             "or an object with name, hash, modality and encode(media)")
-        encoder = ClipEncoder(encoder)
-    if modality is not None and frozenset(modality) != encoder.modality:
-        raise ValueError(f"modality {sorted(modality)} was given, but {encoder.name} reads {sorted(encoder.modality)}; leave it out")
-    return encoder
-
-
-def sample_features(encoder: Encoder, media: Sequence[Media]) -> Tensor:
-    """One row per sample, the mean over its frames, float64 (n, d)."""
-    return torch.stack([rows.mean(dim=0) for rows in encoder.encode(media)])
+FORMAT, FORMER = "visalign exemplars 2", "visalign exemplars 1"  # the former has no features and no bandwidth
+NUM_FEATURES = 5000
 
 
 @dataclass(frozen=True)
@@ -161,6 +41,8 @@ class Exemplars:
         num_media: samples those rows came from; equal to ``count`` if every sample gave one row.
         unit: whether a row was a sample (mean over its frames) or a frame.
         encoder, hash: of what made the features.
+        features: some or all of the rows, drawn without replacement, float32 (k, d); ``None`` in statistics without them.
+        bandwidth: median distance between two of ``features``, or ``None``.
     """
 
     gaussian: Gaussian
@@ -169,6 +51,8 @@ class Exemplars:
     unit: Unit
     encoder: str
     hash: str
+    features: Tensor | None = None
+    bandwidth: float | None = None
 
     def check(self, encoder: Encoder, unit: Unit) -> None:
         """Refuse to be compared with other features.
@@ -181,18 +65,34 @@ class Exemplars:
                              f"({encoder.hash[:12]}); compute the statistics again with this encoder")
         if self.unit != unit and self.count != self.num_media:
             raise ValueError(f"the exemplars' rows are {self.unit}s ({self.count} of {self.num_media} media), this reward compares "
-                             f'{unit}s; compute them with reference_statistics(..., unit="{unit}")')
+                             f"{unit}s; make them again with visalign exemplars --unit {unit}")
+
+    def rows(self, metric: str) -> Tensor:
+        """The kept features, float64 (k, d).
+
+        Raises:
+            ValueError: statistics of mean and covariance alone.
+        """
+        if self.features is None:
+            raise ValueError(f"{metric} compares with the exemplars' own features, and these statistics hold mean and covariance alone; "
+                             "make them again: visalign exemplars FOLDER --encoder ... --out FILE, with --features above 1")
+        return self.features.double()
 
 
-def reference_statistics(media: Iterable[Media], encoder: Encoder, unit: Unit = "sample", batch_size: int = 64) -> Exemplars:
+def reference_statistics(media: Iterable[Media], encoder: Encoder, unit: Unit = "sample", batch_size: int = 64,
+                         num_features: int = NUM_FEATURES, seed: int = 0) -> Exemplars:
     """Exemplars from media, read ``batch_size`` at a time.
 
     Args:
         unit: "sample" for set-level rewards, "frame" for comparing one sample's frames with all exemplars' frames.
+        num_features: most rows to keep, 0 or at least 2; more are drawn from at random without replacement, for any batch size the same.
+        seed: of that draw.
     Raises:
         ValueError: fewer than two rows, a kind the encoder does not read, or features that are not finite.
     """
-    moments, num_media, stream = None, 0, iter(media)
+    if num_features < 0 or num_features == 1:
+        raise ValueError(f"num_features {num_features} must be 0 or at least 2: a kernel distance averages over pairs")
+    moments, num_media, stream, kept = None, 0, iter(media), Memory(num_features, "reservoir", seed)
     while batch := list(islice(stream, batch_size)):
         for sample in batch:
             if sample.kind not in encoder.modality:
@@ -201,16 +101,34 @@ def reference_statistics(media: Iterable[Media], encoder: Encoder, unit: Unit = 
         rows = sample_features(encoder, batch) if unit == "sample" else torch.cat(encoder.encode(batch))
         more = Moments.of(rows)
         moments, num_media = more if moments is None else moments.merge(more), num_media + len(batch)
+        kept.add(rows.float())
     if moments is None:
         raise ValueError("no exemplars: a reference distribution needs at least two")
-    return Exemplars(moments.gaussian(), moments.count, num_media, unit, encoder.name, encoder.hash)
+    gaussian = moments.gaussian()  # refuses a single row before its distances are asked for
+    bandwidth = None if kept.features is None else median_distance(kept.features)
+    return Exemplars(gaussian, moments.count, num_media, unit, encoder.name, encoder.hash, kept.features, bandwidth)
 
 
 def save_exemplars(exemplars: Exemplars, path: str | Path) -> None:
     """Write a .safetensors file."""
     metadata = {"format": FORMAT, "unit": exemplars.unit, "encoder": exemplars.encoder, "hash": exemplars.hash,
                 "count": str(exemplars.count), "num_media": str(exemplars.num_media)}
-    save_file({"mean": exemplars.gaussian.mean, "covariance": exemplars.gaussian.covariance}, path, metadata=metadata)
+    tensors = {"mean": exemplars.gaussian.mean, "covariance": exemplars.gaussian.covariance}
+    if exemplars.features is not None and exemplars.bandwidth is not None:
+        tensors["features"], metadata["bandwidth"] = exemplars.features.contiguous(), repr(exemplars.bandwidth)
+    save_file(tensors, path, metadata=metadata)
+
+
+def folder_media(path: Path) -> list[Path]:
+    """The media files of a folder, in order of their names.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in KIND)
+    if len(files) < 2:
+        raise ValueError(f"{path} holds {len(files)} media files ({', '.join(sorted(KIND))}); a reference distribution needs at least two")
+    return files
 
 
 def load_exemplars(reference: str | Path, encoder: Encoder, unit: Unit) -> Exemplars:
@@ -221,23 +139,30 @@ def load_exemplars(reference: str | Path, encoder: Encoder, unit: Unit) -> Exemp
     """
     path = Path(reference)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in KIND)
-        if len(files) < 2:
-            raise ValueError(f"{path} holds {len(files)} media files ({', '.join(sorted(KIND))}); a reference distribution needs at "
-                             "least two")
-        return reference_statistics((load_media(file) for file in files), encoder, unit)
+        return reference_statistics((load_media(file) for file in folder_media(path)), encoder, unit)
+    exemplars = read_exemplars(path)
+    exemplars.check(encoder, unit)
+    return exemplars
+
+
+def read_exemplars(path: Path) -> Exemplars:
+    """Exemplars from a file of this or the former format, whatever encoder they are of.
+
+    Raises:
+        ValueError: no such file, or no statistics in it.
+    """
     if not path.is_file():
-        raise ValueError(f"reference '{path}': no such file or folder; give a folder of media, or statistics saved by save_exemplars")
+        raise ValueError(f"reference '{path}': no such file or folder; give a folder of media, or statistics written by visalign exemplars")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error}); save_exemplars writes one") from error
-    if metadata.get("format") != FORMAT or set(tensors) != {"mean", "covariance"}:
-        raise ValueError(f"{path} holds no exemplars (format {metadata.get('format')!r}, expected {FORMAT!r}); save_exemplars writes one")
-    unit_of_file: Unit = "frame" if metadata["unit"] == "frame" else "sample"
-    exemplars = Exemplars(Gaussian(tensors["mean"], tensors["covariance"]), int(metadata["count"]), int(metadata["num_media"]),
-                          unit_of_file, metadata["encoder"], metadata["hash"])
-    exemplars.check(encoder, unit)
-    return exemplars
+        raise ValueError(f"{path} is no readable safetensors file ({error}); visalign exemplars writes one") from error
+    if metadata.get("format") not in (FORMAT, FORMER) or not {"mean", "covariance"} <= set(tensors):
+        raise ValueError(f"{path} holds no exemplars (format {metadata.get('format')!r}, expected {FORMAT!r} or {FORMER!r}); "
+                         "visalign exemplars writes them")
+    unit: Unit = "frame" if metadata["unit"] == "frame" else "sample"
+    bandwidth = float(metadata["bandwidth"]) if "bandwidth" in metadata else None
+    return Exemplars(Gaussian(tensors["mean"], tensors["covariance"]), int(metadata["count"]), int(metadata["num_media"]), unit,
+                     metadata["encoder"], metadata["hash"], tensors.get("features"), bandwidth)

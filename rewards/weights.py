@@ -33,7 +33,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file or a torch checkpoint, on the CPU; what is under "state_dict" where there is such a key.
 
     Raises:
-        ValueError: the checkpoint holds Python objects, which would run as code, or something that is not a tensor.
+        ValueError: the file is damaged, holds Python objects, which would run as code, or something that is not a tensor.
     """
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -44,6 +44,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors, and loading it could run code; convert it where you trust it: "
                          "safetensors.torch.save_file(torch.load(FILE, weights_only=False), 'weights.safetensors')") from error
+    except (EOFError, RuntimeError) as error:
+        raise ValueError(f"{path} is no torch checkpoint ({error or 'it is empty or cut off'}); copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds {type(content).__name__}; expected tensors by name (a state dict)")

@@ -134,7 +134,7 @@ def with_own_exemplars(entry: dict[str, Any], place: Path) -> dict[str, Any]:
     (place / "exemplars").mkdir()
     for number in range(8):
         save_media(random_media("audio", (2, 2000), seed=100 + number), place / "exemplars" / f"{number}")
-    own = {"encoder": "scripts.verify_recipes:waveform_features", "reference": str(place / "exemplars"), "memory": 8}
+    own = {"encoder": "scripts.verify_recipes:waveform_features", "modality": ["audio"], "reference": str(place / "exemplars"), "memory": 8}
     return {**entry, "params": {**entry["params"], **own}}
 
 

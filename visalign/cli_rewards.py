@@ -60,3 +60,29 @@ def pairs(
                             temperature=temperature)
     command.run(model, list(call or []), adapter=adapter, texts=list(prompt or []), source=prompts, rewards=list(reward or []),
                 group_size=group_size, wanted=wanted, seed=seed, batch=batch, dtype=dtype, device=device, out=out)
+
+
+@app.command(epilog="Examples:\n\n"
+             "  visalign exemplars pictures/good --encoder '{reward: clip, model: playground:clip}' --out good.safetensors\n\n"
+             "  visalign exemplars music --encoder '{reward: clap, model: laion/larger_clap_music}' --out music.safetensors\n\n"
+             "  visalign exemplars clips --encoder '{encoder: hf, path: dinov2, pooling: cls, video_frames: 8}' --out clips.safetensors\n\n"
+             "A recipe names the file: {name: kad, params: {encoder: ..., reference: music.safetensors}}; encoders are listed in "
+             "visalign.rewards.encoders.")
+def exemplars(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Media to resemble.")],
+    encoder: Annotated[str, typer.Option("--encoder", metavar="ENCODER", help=
+        "{reward: clip, ...}, {reward: clap, ...}, {encoder: hf, ...}, {encoder: hf_audio, ...}, {encoder: inception, ...}, or "
+        "package.module:function.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The statistics, .safetensors; replaced if it exists.")],
+    unit: Annotated[str, typer.Option("--unit", help=
+        "sample for rewards of sets; frame for exemplar_distance on video and sound, whose frames or windows are compared.")] = "sample",
+    features: Annotated[int, typer.Option("--features", help=
+        "Most features to keep for kernel distances, drawn at random; 0 keeps mean and covariance alone.")] = 5000,
+    seed: Annotated[int, typer.Option("--seed", help="Of that draw.")] = 0,
+    modality: Annotated[list[str] | None, typer.Option("--modality", help="Kinds of media that a function reads, default image.")] = None,
+    batch: Annotated[int, typer.Option("--batch", help="Media in memory at once.")] = 64,
+) -> None:
+    """Freeze what good media look like to an encoder: the reference of Fréchet and kernel distances."""
+    from visalign.commands import exemplars as command
+
+    command.run(folder, encoder, out=out, unit=unit, num_features=features, seed=seed, modality=modality, batch=batch)

@@ -56,10 +56,10 @@ def load_reward(target: str, /, **params: Any) -> Reward | PairwiseReward | SetR
     params = {key: _load_nested(value) for key, value in params.items()}
     found = _find(target)
     if inspect.isclass(found):
-        _check_params(target, _parameters(found), params)
+        check_params(f"reward '{target}'", _parameters(found), params)
         reward = found(**params)
     elif isinstance(found, (Reward, PairwiseReward, SetReward)):
-        _check_params(target, [], params)
+        check_params(f"reward '{target}'", [], params)
         reward = found
     elif callable(found):
         reward = _wrap_function(target, found, params)
@@ -144,7 +144,7 @@ def _wrap_function(target: str, function: Callable[..., Any], params: Mapping[st
     wrapper = _from_entry_point(reward_names()["function"])
     own = _parameters(function)[2:]
     options = [parameter for parameter in _parameters(wrapper) if parameter.name != "function"]
-    _check_params(target, [*options, *own], params)
+    check_params(f"reward '{target}'", [*options, *own], params)
     for_wrapper = {parameter.name for parameter in options} - {parameter.name for parameter in own}
     bound = {key: value for key, value in params.items() if key not in for_wrapper}
     rest = {key: value for key, value in params.items() if key in for_wrapper}
@@ -155,8 +155,14 @@ def _parameters(factory: Callable[..., Any]) -> list[inspect.Parameter]:
     return list(inspect.signature(factory).parameters.values())
 
 
-def _check_params(target: str, parameters: Iterable[inspect.Parameter], params: Mapping[str, Any]) -> None:
-    """All unknown and missing parameters at once, before anything is built."""
+def check_params(what: str, parameters: Iterable[inspect.Parameter], params: Mapping[str, Any]) -> None:
+    """All unknown and missing parameters at once, before anything is built.
+
+    Args:
+        what: is to be built, "reward 'clip'".
+    Raises:
+        ValueError: names them, with suggestions, and what would be taken.
+    """
     parameters = list(parameters)
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -165,7 +171,7 @@ def _check_params(target: str, parameters: Iterable[inspect.Parameter], params: 
     problems += [f"missing parameter '{name}'" for name, p in named.items() if p.default is p.empty and name not in params]
     if problems:
         accepts = ", ".join(str(p.replace(annotation=p.empty)) for p in named.values())
-        raise ValueError(f"reward '{target}': {'; '.join(problems)}; it takes: {accepts or 'no parameters'}")
+        raise ValueError(f"{what}: {'; '.join(problems)}; it takes: {accepts or 'no parameters'}")
 
 
 def _suggest(word: str, known: Iterable[str]) -> str:

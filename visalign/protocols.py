@@ -12,6 +12,7 @@ from visalign.types import (
     Batch,
     Comparisons,
     Experience,
+    Measurement,
     Media,
     MediaKind,
     NoiseLevel,
@@ -192,6 +193,17 @@ class SetReward(Protocol):
 
     def credit(self, features: Tensor, group_id: Tensor) -> Tensor:
         """What every sample did for the set, float32 (N,), larger is better; features (N, d) and group_id (N,) of all processes."""
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A set-level reward whose metric evaluates a set of samples, whatever it remembers from training."""
+
+    def value(self, features: Tensor) -> float:
+        """Reward of features (n, d), larger is better: a distance negated."""
+
+    def measure(self, features: Tensor) -> tuple[Measurement, ...]:
+        """The metric itself on its published scale, with what belongs to it (an extrapolation, another estimate)."""
 
 
 @runtime_checkable

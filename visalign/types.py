@@ -226,6 +226,27 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """One number about a whole set of samples, on the scale on which the metric is published.
+
+    Attributes:
+        name: "FAD", "FAD-inf", "KID", "KAD", "CMMD", "Vendi", ...
+        value: of the metric itself; a distance is not negated, and an unbiased one may be below 0.
+        direction: +1 where larger is better, -1 where smaller is.
+        count: samples it is about.
+        std: spread over subsets, where the metric is a mean over those.
+        r_squared: of the line through several sample sizes, where the value is its end at infinitely many.
+    """
+
+    name: str
+    value: float
+    direction: Literal[1, -1]
+    count: int
+    std: float | None = None
+    r_squared: float | None = None
+
+
+@dataclass(frozen=True)
 class Comparisons:
     """What a pairwise judge says about n ordered pairs: ``prob_first`` float32 (n,) in [0, 1], 0.5 a tie; ``valid`` bool (n,)."""
 

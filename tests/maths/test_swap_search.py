@@ -7,7 +7,10 @@ import torch
 
 from visalign.maths.diversity import cosine_vendi, unit_rows
 from visalign.maths.frechet import Gaussian, Moments, frechet_distance
-from visalign.maths.swap_search import FrechetObjective, VendiObjective, leave_one_out, swap_search
+from visalign.maths.influence import member_sums, mmd2_without_each
+from visalign.maths.mmd import GaussianKernel, KernelReference, KernelSet, PolynomialKernel, mmd2
+from visalign.maths.set_objectives import FrechetObjective, KernelObjective, VendiObjective
+from visalign.maths.swap_search import leave_one_out, swap_search
 
 
 def column(*values):
@@ -16,6 +19,10 @@ def column(*values):
 
 def features(n, d, seed=0):
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def kernel_reference(kernel):
+    return KernelReference(features(30, 3, seed=7), kernel)
 
 
 def take(first, second, result):
@@ -91,6 +98,8 @@ def test_the_greedy_search_finds_most_of_what_brute_force_finds():
 
 @pytest.mark.parametrize("make", [lambda: FrechetObjective(Moments.of(features(30, 3, seed=7)).gaussian(), shrinkage=0.01),
                                   lambda: FrechetObjective(Moments.of(features(30, 3, seed=7)).gaussian(), Moments.of(features(9, 3, 8))),
+                                  lambda: KernelObjective(kernel_reference(PolynomialKernel())),
+                                  lambda: KernelObjective(kernel_reference(GaussianKernel(0.7)), features(9, 3, seed=8), scale=100.0),
                                   lambda: VendiObjective(), lambda: VendiObjective(features(9, 3, seed=8), q=2.0)])
 def test_states_that_follow_swaps_equal_states_from_scratch(make):
     objective, members, pool = make(), unit_rows(features(6, 3, seed=9)), unit_rows(features(40, 3, seed=10))
@@ -116,6 +125,10 @@ def test_objectives_are_the_plain_metrics():
     memory = features(20, 3, seed=16)
     with_memory = FrechetObjective(reference, Moments.of(memory), shrinkage=0.1)
     assert with_memory.value(with_memory.state(x)) == pytest.approx(-distance(torch.cat([x, memory]), reference, 0.1), abs=1e-9)
+    reference = kernel_reference(GaussianKernel(2.0))
+    for earlier, pooled in ((None, x), (memory, torch.cat([x, memory]))):
+        kernel = KernelObjective(reference, earlier, scale=100.0)
+        assert kernel.value(kernel.state(x)) == pytest.approx(-100 * mmd2(pooled, reference), rel=1e-9)
     vendi = VendiObjective(memory)
     assert vendi.value(vendi.state(unit_rows(x))) == pytest.approx(cosine_vendi(torch.cat([x, memory])), rel=1e-10)
 
@@ -139,6 +152,38 @@ def test_leave_one_out_is_the_loss_without_a_member():
     credit = leave_one_out(outlier, FrechetObjective(reference))
     assert int(credit.argmin()) == 30
     assert credit[30] < 0
+
+
+@pytest.mark.parametrize("kernel", [PolynomialKernel(), GaussianKernel(1.0)])
+def test_a_kernel_search_ends_in_a_local_optimum(kernel):
+    first, second, reference = features(7, 3, seed=30), features(7, 3, seed=31), kernel_reference(kernel)
+    result = swap_search(first, second, KernelObjective(reference), sweeps=20)
+    chosen = take(first, second, result)
+    assert result.value == pytest.approx(-mmd2(chosen, reference), rel=1e-9)
+    assert result.start <= result.value <= best_of_all(first, second, lambda x: -mmd2(x, reference)) + 1e-12
+    for i in range(7):
+        other = chosen.clone()
+        other[i] = first[i] + second[i] - chosen[i]
+        assert -mmd2(other, reference) <= result.value + 1e-9
+
+
+@pytest.mark.parametrize("memory", [None, features(9, 3, seed=33)])
+def test_leaving_kernel_members_out_one_by_one_equals_the_closed_form(memory):
+    x, reference = features(12, 3, seed=32), kernel_reference(GaussianKernel(1.0))
+    earlier = None if memory is None else KernelSet(memory, reference)
+    one_by_one = leave_one_out(x, KernelObjective(reference, memory, scale=100.0))
+    torch.testing.assert_close(one_by_one, 100 * mmd2_without_each(member_sums(x, reference, earlier)), atol=1e-11, rtol=1e-9)
+
+
+def test_the_order_of_a_diversity_counts_in_leaving_out():
+    """Two modes of 5 and 1: removing one of the five costs q = 1 and q = 2 differently; the score of every order is checked by hand."""
+    x = unit_rows(torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]]))
+    for q in (0.5, 2.0, 5.0):
+        def score(p, q=q):
+            return sum(share**q for share in p) ** (1 / (1 - q))
+        credit = leave_one_out(x, VendiObjective(q=q))
+        expected = [score((5 / 6, 1 / 6)) - score((4 / 5, 1 / 5))] * 5 + [score((5 / 6, 1 / 6)) - 1]
+        torch.testing.assert_close(credit, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
 
 
 def test_the_same_input_gives_the_same_sets_and_the_order_is_respected():
@@ -172,5 +217,10 @@ def test_bad_input():
         swap_search(D1[:1], D2[:1], objective)
     with pytest.raises(ValueError, match="rows of length 1"):
         swap_search(D1, D2, VendiObjective())
+    kernel = KernelObjective(KernelReference(column(0, 1, 2), GaussianKernel(1.0)))
+    with pytest.raises(ValueError, match="MMD needs at least 2 features, got 1"):
+        swap_search(D1[:1], D2[:1], kernel)
+    with pytest.raises(ValueError, match="no member of the set"):
+        kernel.remove(kernel.state(D1), torch.tensor([17.0], dtype=torch.float64))
     with pytest.raises(ValueError, match="only member"):
         leave_one_out(column(1.0), VendiObjective())

@@ -13,7 +13,7 @@ from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, PreTrained
 
 from visalign.protocols import Reward
 from visalign.rewards.clap import ClapScore
-from visalign.rewards.exemplars import as_encoder
+from visalign.rewards.encoders import as_encoder
 from visalign.scoring import score as score_all
 from visalign.types import Media, Prompt
 

@@ -12,32 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from visalign.maths.diversity import spectral_diversity, unit_rows
-from visalign.maths.frechet import Gaussian, Moments, frechet_distance
+from visalign.maths.set_objectives import SetObjective, State
 
-State = TypeVar("State")
 IMPROVEMENT = 1e-12
-
-
-class SetObjective(Protocol[State]):
-    """Reward of a set of features, larger is better, that follows the exchange of one member without starting over."""
-
-    def state(self, features: Tensor) -> State:
-        """What the reward needs to know of the set (n, d); states are never changed in place."""
-
-    def swap(self, state: State, leave: Tensor, enter: Tensor) -> State:
-        """With ``enter`` in the place of its member ``leave``, (d,) each."""
-
-    def remove(self, state: State, leave: Tensor) -> State:
-        """Without its member ``leave``, (d,)."""
-
-    def value(self, state: State) -> float:
-        """Reward of the set."""
 
 
 @dataclass(frozen=True)
@@ -115,72 +97,3 @@ def leave_one_out(features: Tensor, objective: SetObjective[State]) -> Tensor:
     state = objective.state(features)
     value = objective.value(state)
     return torch.tensor([value - objective.value(objective.remove(state, feature)) for feature in features], dtype=torch.float64)
-
-
-class FrechetObjective:
-    """``-FD(set and memory, reference)``: O(d^2) per exchange for the moments, O(d^3) for the distance (0.05 s at d = 512)."""
-
-    def __init__(self, reference: Gaussian, memory: Moments | None = None, shrinkage: float = 0.0) -> None:
-        """
-        Args:
-            reference: the exemplars, without shrinkage.
-            memory: moments of earlier features, counted into every set: a covariance in d dimensions wants n well above d.
-            shrinkage: added to the diagonal of both covariances.
-        """
-        self.reference = reference.shrunk(shrinkage)
-        self.memory = memory
-        self.shrinkage = shrinkage
-
-    def state(self, features: Tensor) -> Moments:
-        moments = Moments.of(features)
-        return moments if self.memory is None else moments.merge(self.memory)
-
-    def swap(self, state: Moments, leave: Tensor, enter: Tensor) -> Moments:
-        return state.swap(leave, enter)
-
-    def remove(self, state: Moments, leave: Tensor) -> Moments:
-        return state.remove(leave)
-
-    def value(self, state: Moments) -> float:
-        return -frechet_distance(state.gaussian(self.shrinkage), self.reference)
-
-
-@dataclass(frozen=True)
-class SecondMoments:
-    """``X^T X`` of unit rows, float64 (d, d), and their number."""
-
-    count: int
-    products: Tensor
-
-
-class VendiObjective:
-    """Vendi score of the set and its memory under the cosine kernel, through the d x d dual: O(d^2) per exchange, O(d^3) per value.
-
-    Give it rows of length 1 (``unit_rows``).
-    """
-
-    def __init__(self, memory: Tensor | None = None, q: float = 1.0) -> None:
-        """
-        Args:
-            memory: earlier features, (m, d), counted into every set.
-            q: order of the entropy.
-        """
-        self.memory = None if memory is None or not len(memory) else unit_rows(memory)
-        self.q = q
-
-    def state(self, features: Tensor) -> SecondMoments:
-        if not torch.allclose(features.norm(dim=1), torch.ones(len(features), dtype=features.dtype), atol=1e-6, rtol=0):
-            raise ValueError("the Vendi score of a set wants rows of length 1; pass unit_rows(features)")
-        rows = features if self.memory is None else torch.cat([features, self.memory])
-        return SecondMoments(len(rows), rows.T @ rows)
-
-    def swap(self, state: SecondMoments, leave: Tensor, enter: Tensor) -> SecondMoments:
-        return SecondMoments(state.count, torch.addr(torch.addr(state.products, enter, enter), leave, leave, alpha=-1))
-
-    def remove(self, state: SecondMoments, leave: Tensor) -> SecondMoments:
-        if state.count == 1:
-            raise ValueError("cannot remove the only member of a set: the Vendi score of nothing is not defined")
-        return SecondMoments(state.count - 1, torch.addr(state.products, leave, leave, alpha=-1))
-
-    def value(self, state: SecondMoments) -> float:
-        return spectral_diversity(torch.linalg.eigvalsh(state.products / state.count), self.q)
