@@ -195,6 +195,16 @@ class SetReward(Protocol):
 
 
 @runtime_checkable
+class ValuesSets(Protocol):
+    """A set-level reward that says what a set is worth, for evaluations."""
+
+    spec: RewardSpec
+
+    def value(self, features: Tensor) -> float:
+        """Of the set with these features (n, d), larger is better: distances come with a minus."""
+
+
+@runtime_checkable
 class Reports(Protocol):
     """A reward that tells how its latest call went."""
 
