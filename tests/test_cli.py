@@ -154,7 +154,7 @@ def test_samples_made_before_an_interruption_are_kept(tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return Media("image", torch.full((3, 4, 4), seed, dtype=torch.uint8))
 
-    monkeypatch.setattr("visalign.commands.sample.call_pipeline", third_stops)
+    monkeypatch.setattr("visalign.commands.models.call_pipeline", third_stops)
     result = visalign("sample", "playground:pipeline", "-p", "a cat", "--seeds", "0-3", "--out", tmp_path / "s")
     assert result.exit_code == 130
     assert "2 of 4 samples" in result.stderr
