@@ -154,10 +154,21 @@ def test_an_image_is_scored_against_its_request(yolos):
     scores = soft.score(media, prompts, [0, 1, 2])
     assert scores.raw.tolist() == [0.5, 1.0, 1.0]
     assert scores.details["strict"].tolist() == strict.score(media, prompts, [0, 1, 2]).raw.tolist() == [0.0, 1.0, 1.0]
+    assert scores.details["correct"].tolist() == [0.0, 1.0, 1.0]
     assert scores.details["position"].isnan().all()
     assert scores.details["exclude"].isnan().tolist() == [True, True, False]
     certain = DetectedObjects(str(yolos), clip=CLIP, device="cpu", threshold=0.99)
     assert certain.score(media, prompts, [0, 1, 2]).raw.tolist() == [0.0, 0.0, 0.5]  # nothing is found, so no cat either
+
+
+def test_genevals_verdict_allows_more_objects_and_stands_beside_the_strict_one_whatever_counts_says(yolos):
+    """The detector finds two dogs; one is asked for, with and without "not two"."""
+    one = [{"class": "dog", "count": 1}]
+    prompts = [Prompt("a", metadata={"include": one}), Prompt("b", metadata={"include": one, "exclude": [{"class": "dog", "count": 2}]})]
+    for counts, strict in (("exact", [0.0, 0.0]), ("at_least", [1.0, 0.0])):
+        scores = DetectedObjects(str(yolos), clip=CLIP, device="cpu", counts=counts).score([picture((255, 0, 0))] * 2, prompts, [0, 1])
+        assert scores.details["correct"].tolist() == [1.0, 0.0]
+        assert scores.details["strict"].tolist() == strict
 
 
 def test_the_colour_is_the_nearest_description_of_the_object_without_its_background(yolos):
