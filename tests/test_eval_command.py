@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 from tests.rewards.misbehaving_server import MisbehavingServer
 from tests.rewards.playground_judge import DIMENSIONS, pictures, testpoint_prompt, truth
+from tests.rewards.tiny_detector import make
 from tests.test_pairs_command import trained_adapter
 from visalign.cli import app
 from visalign.comparison_file import read_result
@@ -271,6 +272,23 @@ def test_geneval_prompts_give_a_table_by_tag(run: Path, tmp_path: Path) -> None:
     rows = table["captions/strict"].rows.values()
     assert table["captions/strict"].macro.base.mean == pytest.approx(sum(row.base.mean for row in rows) / 4)
     assert "macro, mean over tags" in shown.output
+
+
+def test_a_detectors_table_is_called_geneval_like_and_tells_both_verdicts(run: Path, tmp_path: Path) -> None:
+    """The detector finds two squares everywhere: correct where one is asked for, strictly right where two are."""
+    detector = make(tmp_path / "detector", labels=("circle", "square", "triangle"))
+    rows = [{"tag": "single_object", "include": [{"class": "square", "count": 1}], "prompt": "a blue square"},
+            {"tag": "counting", "include": [{"class": "square", "count": 2}], "exclude": [{"class": "square", "count": 3}],
+             "prompt": "two blue squares"}]
+    (tmp_path / "geneval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    objects = f"{{name: objects, params: {{detector: {detector}, clip: playground:clip, clip_pretrained: null, device: cpu}}}}"
+    shown = evaluated(run, "--prompts", tmp_path / "geneval.jsonl", "--seeds", "0", "-r", objects, "--by", "tag", "--out", tmp_path / "out")
+    table = read_result(tmp_path / "out").by["tag"]
+    assert {tag: row.model.mean for tag, row in table["objects/correct"].rows.items()} == {"single_object": 1.0, "counting": 1.0}
+    assert {tag: row.model.mean for tag, row in table["objects/strict"].rows.items()} == {"single_object": 0.0, "counting": 1.0}
+    assert table["objects/strict"].macro.model.mean == 0.5
+    assert "'objects' is GenEval-like: its detector" in one_line(shown.output)
+    assert "GenEval-like" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(("words", "status", "needle"), [
