@@ -39,6 +39,7 @@ BUILTIN: dict[str, str] = {
     "rubric_judge": "visalign.rewards.judges.rubric:RubricJudge",
     "simulator_stability": "visalign.rewards.stability:SimulatorStability [sim3d]",
     "temporal_consistency": "visalign.rewards.temporal:TemporalConsistency",
+    "testpoint_judge": "visalign.rewards.judges.testpoints:TestpointJudge",
     "vendi": "visalign.rewards.distribution:VendiScore",
     "win_rate": "visalign.rewards.pairwise:WinRate",
 }

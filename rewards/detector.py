@@ -10,6 +10,7 @@ A request is ``Prompt.metadata`` in GenEval's form, one term per thing asked for
     position  share of pairs (object, anchor) in that relation; 0 where one of them is missing
     exclude   1 if fewer than ``count`` are found, else 0
     raw       mean of all terms ("soft"), or 1 if every term is 1, else 0 ("strict")
+    correct   1 if every term is 1 with counts="at_least", else 0: GenEval's own verdict, whatever ``counts`` says
 
 This is *like* GenEval, with its thresholds, geometry and colours, but with whatever detector of transformers is given instead of its
 Mask2Former in mmdet, so the numbers do not belong on its leaderboard.
@@ -40,6 +41,8 @@ MAX_OBJECTS = 16
 POSITION_MARGIN = 0.1  # of the boxes' sizes, by which centres must differ
 COUNTING_THRESHOLD = 0.9
 Terms = Mapping[str, Sequence[float]]
+Counts = Literal["exact", "at_least"]
+AT_LEAST: Counts = "at_least"
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,20 @@ class Request:
     counting: bool
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the detector found by class, and the colours of the detections of classes for which a colour is asked."""
+
+    found: Mapping[str, Sequence[Detection]]
+    colors: Mapping[Detection, str]
+
+
 class DetectedObjects:
-    """How far an image shows the objects asked for. Details: ``count``, ``color``, ``position``, ``exclude`` (NaN where not asked for)
-    and ``strict``."""
+    """How far an image shows the objects asked for. Details: ``count``, ``color``, ``position``, ``exclude`` (NaN where not asked for),
+    ``strict`` and ``correct``."""
 
     def __init__(self, detector: str, *, clip: str = "ViT-L-14", clip_pretrained: str | None = "openai",
-                 reward: Literal["soft", "strict"] = "soft", counts: Literal["exact", "at_least"] = "exact", threshold: float = 0.3,
+                 reward: Literal["soft", "strict"] = "soft", counts: Counts = "exact", threshold: float = 0.3,
                  device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "objects") -> None:
         """
         Args:
@@ -84,7 +95,7 @@ class DetectedObjects:
         self.detector = Detector(detector, device=device, cache_dir=cache_dir)
         self.encoder = open_clip_encoder(clip, clip_pretrained, name=name, device=device, cache_dir=cache_dir)
         self.reward = reward
-        self.counts: Literal["exact", "at_least"] = counts
+        self.counts: Counts = counts
         self.threshold = threshold
         self.spec = RewardSpec(name=name, requires=frozenset({"include"}), raw_range=(0.0, 1.0),
                                model_ids=(detector, *model_ids(clip, clip_pretrained)), version=f"{reward}-{counts}-{threshold:g}")
@@ -95,10 +106,14 @@ class DetectedObjects:
         Raises:
             ValueError: a request that is not of GenEval's form, or a class the detector does not know.
         """
-        rows = [self._judge(sample.data, self._request(prompt)) for sample, prompt in zip(media, prompts, strict=True)]
+        requests = [self._request(prompt) for prompt in prompts]
+        seen = [self._see(sample.data, request) for sample, request in zip(media, requests, strict=True)]
+        rows, lenient = ([judge(request, one.found, one.colors, counts) for request, one in zip(requests, seen, strict=True)]
+                         for counts in (self.counts, AT_LEAST))
         details = {key: torch.tensor([_mean(terms[key]) for terms in rows]) for key in ("count", "color", "position", "exclude")}
-        flat = [[term for of_kind in terms.values() for term in of_kind] for terms in rows]
+        flat = [_flat(terms) for terms in rows]
         details["strict"] = torch.tensor([float(min(terms) == 1) for terms in flat])
+        details["correct"] = torch.tensor([float(min(_flat(terms)) == 1) for terms in lenient])
         values = [_mean(terms) for terms in flat] if self.reward == "soft" else details["strict"].tolist()
         return Scores.from_values(values, details=details)
 
@@ -118,13 +133,13 @@ class DetectedObjects:
                 raise ValueError(f"the detector does not know '{wanted.name}'; it knows {', '.join(known)}, ...")
         return request
 
-    def _judge(self, image: Tensor, request: Request) -> Terms:
+    def _see(self, image: Tensor, request: Request) -> Seen:
         image = image.cpu()
         detections = self.detector(image, max(self.threshold, COUNTING_THRESHOLD) if request.counting else self.threshold)
         found = by_class(detections)
         colored = {wanted.name for wanted in request.include if wanted.color}
         colors = {detection: self._color(image, detection) for name in colored for detection in found.get(name, ())}
-        return judge(request, found, colors, self.counts)
+        return Seen(found, colors)
 
     def _color(self, image: Tensor, detection: Detection) -> str:
         """The colour whose descriptions are nearest to the cut-out object, its background painted grey."""
@@ -136,7 +151,7 @@ class DetectedObjects:
 
 
 def judge(request: Request, found: Mapping[str, Sequence[Detection]], colors: Mapping[Detection, str],
-          counts: Literal["exact", "at_least"]) -> Terms:
+          counts: Counts) -> Terms:
     """Terms of the score by kind, each in [0, 1].
 
     Args:
@@ -221,6 +236,10 @@ def _wanted(entry: Any, key: str) -> Wanted:
     if not isinstance(position, Sequence) or len(position) != 2 or position[0] not in RELATIONS or not isinstance(position[1], int):
         raise ValueError(f'{key} wants the position {position!r}; expected ["left of", 0] with one of {", ".join(RELATIONS)}')
     return Wanted(entry["class"], count, color, position[0], position[1])
+
+
+def _flat(terms: Terms) -> list[float]:
+    return [term for of_kind in terms.values() for term in of_kind]
 
 
 def _mean(terms: Sequence[float]) -> float:

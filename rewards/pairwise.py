@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.maths.winrate import all_pairs, bradley_terry, combine_orders, d_regular, ring, win_rates
+from visalign.comparison import ask, ask_both_orders
+from visalign.maths.winrate import all_pairs, bradley_terry, d_regular, ring, win_rates
 from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec
 from visalign.types import Comparisons, Media, Prompt, Scores
 
@@ -129,17 +130,13 @@ class WinRate:
         """Per pair: P(first is better), valid, reason, and how far the two orders contradict each other."""
         if not asked:
             return torch.empty(0), torch.empty(0, dtype=torch.bool), (), torch.empty(0)
-        ordered = [*asked, *((j, i) for i, j in asked)] if self.swap else list(asked)
-        answer = self.judge.compare([media[i] for i, _ in ordered], [media[j] for _, j in ordered], [prompts[i] for i, _ in ordered])
-        if not len(answer.prob_first) == len(answer.valid) == len(answer.reasons) == len(ordered):
-            raise ValueError(f"judge '{self.judge.spec.name}' answered {len(answer.prob_first)} of {len(ordered)} comparisons; "
-                             "expected one answer per pair, invalid where it has none")
-        prob = answer.prob_first.float()
-        if not self.swap:
-            return prob, answer.valid, answer.reasons, torch.zeros_like(prob)
-        (ij, ji), (valid_ij, valid_ji) = prob.chunk(2), answer.valid.chunk(2)
-        reasons = [a or b for a, b in zip(answer.reasons[:len(asked)], answer.reasons[len(asked):], strict=True)]
-        return combine_orders(ij, ji), valid_ij & valid_ji, reasons, (ij + ji - 1).abs()
+        first, second = [media[i] for i, _ in asked], [media[j] for _, j in asked]
+        texts = [prompts[i] for i, _ in asked]
+        if self.swap:
+            both = ask_both_orders(self.judge, first, second, texts)
+            return both.prob, both.valid, both.reasons, both.inconsistency
+        answer = ask(self.judge, first, second, texts)
+        return answer.prob_first.float(), answer.valid, answer.reasons, torch.zeros(len(asked))
 
 
 def _per_sample(values: Tensor, pairs: Pairs, valid: Tensor, num_samples: int) -> Tensor:

@@ -20,11 +20,11 @@ from visalign.commands.sample import parse_seeds
 from visalign.config import load_config, recipe_names, resolve_path
 from visalign.evaluation import Evaluation, write_comparison
 from visalign.media import read_index, save_media, save_samples
-from visalign.quickstart import GUIDED, ROWS, pairwise_difference
+from visalign.quickstart import GUIDED, ROWS
 from visalign.quickstart import table as quickstart_table
 from visalign.types import Media, Prompt
 
-COMMANDS = ("train", "sample", "score", "inspect", "report", "env", "configs", "quickstart", "exemplars")
+COMMANDS = ("train", "sample", "score", "eval", "pairs", "inspect", "report", "env", "configs", "quickstart", "exemplars")
 
 
 def visalign(*words: str | Path) -> Result:
@@ -41,7 +41,7 @@ def test_help_lists_every_command_and_where_to_start() -> None:
     assert "visalign quickstart" in text
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "score", "inspect", "configs", "quickstart", "exemplars"])
+@pytest.mark.parametrize("command", ["train", "sample", "score", "eval", "inspect", "configs", "quickstart", "exemplars"])
 def test_help_of_each_command_has_an_example_that_could_be_typed(command: str) -> None:
     result = visalign(command, "--help")
     assert result.exit_code == 0
@@ -154,7 +154,7 @@ def test_samples_made_before_an_interruption_are_kept(tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return Media("image", torch.full((3, 4, 4), seed, dtype=torch.uint8))
 
-    monkeypatch.setattr("visalign.commands.sample.call_pipeline", third_stops)
+    monkeypatch.setattr("visalign.commands.models.call_pipeline", third_stops)
     result = visalign("sample", "playground:pipeline", "-p", "a cat", "--seeds", "0-3", "--out", tmp_path / "s")
     assert result.exit_code == 130
     assert "2 of 4 samples" in result.stderr
@@ -281,11 +281,6 @@ def test_pipeline_outputs_become_media() -> None:
     assert output_media(audio, rate=16000).data.shape == (2, 10)
     with pytest.raises(ValueError, match="without images, frames or audios"):
         output_media(Output())
-
-
-def test_diversity_is_0_for_equal_pictures_and_1_for_opposite_ones() -> None:
-    pictures = [Media("image", torch.full((3, 4, 4), value, dtype=torch.uint8)) for value in (0, 255, 7, 7)]
-    assert pairwise_difference(pictures, 2).tolist() == [1.0, 0.0]
 
 
 def test_the_quick_starts_table_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from visalign.config import DatasetConfig
 from visalign.data import GroupSampler, PromptError, load_prompts
+from visalign.types import Prompt
 
 
 def test_text_file_keeps_order_duplicates_and_case(tmp_path: Path) -> None:
@@ -55,12 +56,20 @@ def test_unusable_text_files_are_refused(tmp_path: Path, name: str, content: str
 
 
 def test_unknown_sources_say_what_is_possible(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\.txt or \.jsonl"):
-        load_prompts("prompts.csv")
+    with pytest.raises(ValueError, match=r"\.txt, \.jsonl or UniGenBench's \.csv"):
+        load_prompts("prompts.parquet")
     with pytest.raises(ValueError, match="no such file"):
         load_prompts(tmp_path / "absent.txt")
     with pytest.raises(ValueError, match="it has train, heldout"):
         load_prompts("playground:tests")
+
+
+def test_genevals_lines_are_prompts_with_their_request_as_metadata(tmp_path: Path) -> None:
+    row = {"tag": "counting", "include": [{"class": "cup", "count": 3}], "exclude": [{"class": "cup", "count": 4}],
+           "prompt": "a photo of three cups"}
+    (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(row) + "\n")
+    (prompt,) = load_prompts(tmp_path / "evaluation_metadata.jsonl")
+    assert prompt == Prompt("a photo of three cups", metadata={key: row[key] for key in ("tag", "include", "exclude")})
 
 
 def test_playground_sets_do_not_overlap() -> None:

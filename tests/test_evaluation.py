@@ -1,46 +1,14 @@
-"""Intervals against the normal approximation, pairing against its purpose, and evaluation as a pure function of weights and seed."""
+"""Evaluation as a pure function of weights and seed, and its files."""
 
-import math
 
-import pytest
 import torch
 
 from tests.gaussian_run import PROMPTS, config, mean_value, parts
 from visalign.distributed import Processes
-from visalign.evaluation import Evaluation, bootstrap_gain, bootstrap_mean, evaluate, write_comparison
+from visalign.evaluation import Evaluation, evaluate, write_comparison
 from visalign.media import read_index
 from visalign.rewards.function import FunctionReward
 from visalign.rewards.pairwise import BradleyTerry, WinRate
-
-
-def test_the_interval_is_that_of_the_normal_approximation():
-    """n = 2000: half width 1.96 s / sqrt(n), within 8 % for 2000 resamples."""
-    values = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = bootstrap_mean(values)
-    half = 1.96 * float(values.std()) / math.sqrt(2000)
-    assert found.mean == pytest.approx(float(values.mean()))
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.08)
-    assert found.low < found.mean < found.high
-    assert found == bootstrap_mean(values)
-
-
-def test_invalid_samples_are_left_out():
-    values = torch.tensor([1.0, float("nan"), 3.0])
-    assert bootstrap_mean(values).count == 2
-    assert bootstrap_mean(values).mean == 2.0
-    with pytest.raises(ValueError, match="at least one valid"):
-        bootstrap_mean(torch.tensor([float("nan")]))
-
-
-def test_pairing_removes_the_variance_between_prompts():
-    generator = torch.Generator().manual_seed(0)
-    before = 10 * torch.randn(200, generator=generator)
-    after = before + 0.5 + 0.1 * torch.randn(200, generator=generator)
-    gain = bootstrap_gain(before, after)
-    assert 0.45 < gain.low < gain.high < 0.55
-    assert bootstrap_mean(after).low < bootstrap_mean(before).high  # unpaired, nothing could be said
-    with pytest.raises(ValueError, match="same samples"):
-        bootstrap_gain(before, after[:-1])
 
 
 def made(batch=2, folder=None, rewards=None):

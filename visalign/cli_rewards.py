@@ -28,6 +28,48 @@ def score(
     command.run(folder, list(reward or []), config=config, source=prompts, out=out)
 
 
+@app.command(name="eval", epilog="Examples:\n\n"
+             "  visalign eval runs/first                               against its own base, by its rewards and guards\n\n"
+             "  visalign eval samples/theirs --against samples/ours -r clip        folders that visalign sample made\n\n"
+             "  visalign eval runs/first --prompts prompts.txt --judge '{name: pairwise_judge, params: {backend: ...}}'\n\n"
+             "  visalign eval runs/first --prompts test_prompts_en.csv -r '{name: testpoint_judge, params: {backend: ...}}'\n\n"
+             "  visalign eval runs/first --prompts geneval.jsonl -r '{name: objects, params: {detector: ...}}' --by tag\n\n"
+             "The last two are UniGenBench and a GenEval-like table. The same command continues what was stopped: no sample is drawn "
+             "again.")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, a diffusers folder, a hub id, or a folder of samples.")],
+    call: CallArguments = None,
+    against: Annotated[str | None, typer.Option("--against", metavar="BASE", help=
+        "The same kinds of things; default: MODEL without its adapter.", show_default=False)] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="MODEL's adapter folder; a run has its own.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; repeat for several.")] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", metavar="SOURCE", help=
+        "A .txt, .jsonl (GenEval's too) or UniGenBench's .csv file, playground:heldout. Default: the run's, or the samples'.")] = None,
+    num_prompts: Annotated[int | None, typer.Option("--num-prompts", help="The first of them.", show_default=False)] = None,
+    reward: Annotated[list[str] | None, typer.Option("--reward", "-r", help=
+        "A name, a path, or {name: ..., params: {...}}. Default: the run's rewards and guards.")] = None,
+    judge: Annotated[list[str] | None, typer.Option("--judge", metavar="PAIRWISE", help=
+        "Compares model and base in both orders, e.g. pairwise_judge.")] = None,
+    config: Annotated[str | None, typer.Option("--config", metavar="CONFIG", help="Take rewards and guards from a configuration.")] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", metavar="ENCODER", help=
+        "What diversity is measured in, as in visalign exemplars. Default: the first clip among the rewards, or pixels.",
+        show_default=False)] = None,
+    by: Annotated[list[str] | None, typer.Option("--by", metavar="KEY", help="A table by this metadata key of prompts, e.g. tag.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="For every prompt: 0-3 or 1,5,9. Default: 0-3, or those of the samples.",
+                                              show_default=False)] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: the run's, or float32.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:N or auto.")] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help=
+        "Where samples and results go. Default: within the run's folder, or evaluation.", show_default=False)] = None,
+) -> None:
+    """Compare a model with a base on the same prompts and seeds: gains, win rates, diversity, distances, with intervals."""
+    from visalign.commands import evaluate as command
+
+    command.run(model, list(call or []), against=against, adapter=adapter, texts=list(prompt or []), source=prompts,
+                num_prompts=num_prompts, rewards=list(reward or []), judges=list(judge or []), config=config, encoder=encoder,
+                by=list(by or []), seeds=seeds, dtype=dtype, device=device, out=out)
+
+
 @app.command(epilog="Examples:\n\n"
              "  visalign pairs playground:pipeline --prompts playground:train -r captions --out pairs num_inference_steps=8\n\n"
              "  visalign pairs runs/first --prompts prompts.jsonl -r clip --rule all --margin 0.1 --per-prompt 4 --out pairs\n\n"

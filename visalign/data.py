@@ -1,8 +1,9 @@
 """Prompts in, groups out.
 
     load_prompts("prompts.txt")            one prompt per line
-    load_prompts("prompts.jsonl")          {"prompt": ..., "negative_prompt": ..., "images": [...], "metadata": {...}}
-    load_prompts("playground:train")       the embedded world (also playground:heldout, and heldout/1, another draw)
+    load_prompts("prompts.jsonl")          {"prompt": ..., "negative_prompt": ..., "images": [...], "metadata": {...}}, or GenEval's lines
+    load_prompts("prompts.csv")            UniGenBench's file: prompts with test points
+    load_prompts("playground:train")       the embedded world (also playground:heldout, heldout/1, another draw, and geneval)
     load_prompts(DatasetConfig(...))       a Hugging Face dataset, from the hub or a local folder
 
 A prompt is identified by its position, never by its text: equal or differently-cased texts stay different prompts.
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from visalign import unigenbench
 from visalign.config import DatasetConfig
 from visalign.settings import did_you_mean
 from visalign.types import Prompt
@@ -51,12 +53,19 @@ def load_prompts(source: str | Path | DatasetConfig) -> list[Prompt]:
         return _from_playground(name)
     path = Path(name)
     readers: dict[str, Callable[[str, Path], Prompt]] = {".txt": _text_line, ".jsonl": _json_line}
-    if path.suffix not in readers:
-        raise ValueError(f"prompts '{name}': expected a .txt or .jsonl file, playground:train, playground:heldout, "
-                         "or {dataset: ..., column: ...} for a Hugging Face dataset")
+    if path.suffix not in (*readers, ".csv"):
+        raise ValueError(f"prompts '{name}': expected a .txt, .jsonl or UniGenBench's .csv file, playground:train, playground:heldout, "
+                         "playground:geneval, or {dataset: ..., column: ...} for a Hugging Face dataset")
     if not path.is_file():
         raise ValueError(f"prompts '{name}': no such file (looked in {path.parent.resolve()})")
-    return _from_lines(path, readers[path.suffix])
+    return _from_csv(path) if path.suffix == ".csv" else _from_lines(path, readers[path.suffix])
+
+
+def _from_csv(path: Path) -> list[Prompt]:
+    prompts, problems = unigenbench.read_rows(path)
+    if problems or not prompts:
+        raise PromptError(str(path), problems or ["no rows"])
+    return prompts
 
 
 def _from_lines(path: Path, read: Callable[[str, Path], Prompt]) -> list[Prompt]:
@@ -133,8 +142,10 @@ def _from_playground(name: str) -> list[Prompt]:
         return [Prompt(text) for text in playground.train_prompts(NUM_PLAYGROUND_PROMPTS)]
     if which == "heldout" and (not draw or draw.isdecimal()):
         return [Prompt(text) for text in playground.heldout_prompts(seed=int(draw or 0))]
-    raise ValueError(f"prompts '{name}': the playground has no such set; it has train, heldout, and other draws of the held-out prompts "
-                     "as heldout/1, heldout/2, ...")
+    if which == "geneval" and not draw:
+        return [prompt_from_row(row, Path()) for row in playground.geneval_rows()]
+    raise ValueError(f"prompts '{name}': the playground has no such set; it has train, heldout, other draws of the held-out prompts "
+                     "as heldout/1, heldout/2, ..., and geneval")
 
 
 def _from_dataset(source: DatasetConfig) -> list[Prompt]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from visalign.bootstrap import Interval, bootstrap_gain, bootstrap_mean
 from visalign.distributed import Processes
 from visalign.guards.observe import observe
 from visalign.maths.seeds import derive_seed
@@ -26,18 +26,7 @@ from visalign.protocols import Policy, Reward, Sampler
 from visalign.scoring import score
 from visalign.types import Media, Prompt, Scores
 
-NUM_RESAMPLES = 2000
 BANDWIDTH = "bandwidth"
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its percentile bootstrap interval, over ``count`` valid samples."""
-
-    mean: float
-    low: float
-    high: float
-    count: int
 
 
 @dataclass(frozen=True)
@@ -79,32 +68,6 @@ class Evaluation:
         values = {name: torch.tensor([float("nan") if v is None else v for v in row], dtype=torch.float64)
                   for name, row in stored["values"].items()}
         return Evaluation(values=values, seeds=tuple(stored["seeds"]), whole=stored.get("whole", {}))
-
-
-def bootstrap_mean(values: Tensor, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Percentile bootstrap of the mean of the finite entries of ``values`` (n,).
-
-    Raises:
-        ValueError: no finite entry.
-    """
-    known = values.double()[torch.isfinite(values)].numpy()
-    if known.size == 0:
-        raise ValueError("a mean needs at least one valid sample, got none")
-    rows = np.random.default_rng(seed).integers(known.size, size=(NUM_RESAMPLES, known.size))
-    low, high = np.quantile(known[rows].mean(axis=1), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(mean=float(known.mean()), low=float(low), high=float(high), count=int(known.size))
-
-
-def bootstrap_gain(before: Tensor, after: Tensor, confidence: float = 0.95, seed: int = 0) -> Interval:
-    """Interval of the mean of ``after - before`` over samples valid in both, resampling pairs; (n,) each.
-
-    Raises:
-        ValueError: lengths differ, or no pair is valid.
-    """
-    if before.shape != after.shape:
-        raise ValueError(f"a paired comparison needs the same samples, got {before.shape[0]} before and {after.shape[0]} after; "
-                         "evaluate both with the same prompts and seeds")
-    return bootstrap_mean(after.double() - before.double(), confidence, seed)
 
 
 def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, seed: int, batch: int,

@@ -132,15 +132,24 @@ def read_index(folder: Path) -> list[Sample]:
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(f"{folder} has no {INDEX}; it is written by visalign sample and by evaluations")
+    return index_rows(folder, path.read_text(encoding="utf-8").rstrip("\n").split("\n"))
+
+
+def index_rows(folder: Path, lines: Sequence[str]) -> list[Sample]:
+    """The samples that lines of an index name.
+
+    Raises:
+        ValueError: a line is not a row.
+    """
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             row: dict[str, Any] = json.loads(line)
             prompt = Prompt(text=row["prompt"], negative=row.get("negative_prompt"), images=tuple(row.get("images", ())),
                             metadata=row.get("metadata", {}))
             samples.append(Sample(file=folder / row["file"], prompt=prompt, seed=row.get("seed"), scores=row.get("scores", {})))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}, line {number}: not a sample row ({error!r}); it needs 'file' and 'prompt'") from error
+            raise ValueError(f"{folder / INDEX}, line {number}: not a sample row ({error!r}); it needs 'file' and 'prompt'") from error
     return samples
 
 

@@ -196,11 +196,18 @@ class SetReward(Protocol):
 
 
 @runtime_checkable
-class Measures(Protocol):
-    """A set-level reward whose metric evaluates a set of samples, whatever it remembers from training."""
+class ValuesSets(Protocol):
+    """A set-level reward that says what a set is worth, for evaluations; what it remembers from training does not matter."""
+
+    spec: RewardSpec
 
     def value(self, features: Tensor) -> float:
-        """Reward of features (n, d), larger is better: a distance negated."""
+        """Of the set with these features (n, d), larger is better: a distance comes with a minus."""
+
+
+@runtime_checkable
+class Measures(ValuesSets, Protocol):
+    """One whose metric has a published scale."""
 
     def measure(self, features: Tensor) -> tuple[Measurement, ...]:
         """The metric itself on its published scale, with what belongs to it (an extrapolation, another estimate)."""

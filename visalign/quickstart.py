@@ -17,18 +17,20 @@ from rich.table import Table
 from torch import Tensor
 
 from visalign import loop
+from visalign.bootstrap import bootstrap_gain, bootstrap_mean
 from visalign.build import build
 from visalign.commands import quiet_libraries
 from visalign.commands.train import default_folder, refuse_used_folder
 from visalign.config import Config, load_config, resolve_path
 from visalign.distributed import Processes
-from visalign.evaluation import Evaluation, bootstrap_gain, bootstrap_mean, evaluate
+from visalign.diversity import pairwise_difference
+from visalign.evaluation import Evaluation, evaluate
 from visalign.maths.seeds import derive_seed
 from visalign.progress import Bars
 from visalign.protocols import Policy, Sampler
 from visalign.report import write_report
 from visalign.samplers.policy import PipelinePolicy
-from visalign.types import Media, Prompt
+from visalign.types import Prompt
 
 GUIDED = "base with guidance 3"
 GUIDANCE = 3.0
@@ -88,13 +90,6 @@ def diversity(policy: Policy, sampler: Sampler, prompts: Sequence[Prompt], seed:
     seeds = [derive_seed(seed, 1, k) for k in range(len(repeated))]
     media = policy.decode(sampler.generate(policy, repeated, seeds), repeated)
     return pairwise_difference(media, DIVERSITY_SAMPLES)
-
-
-def pairwise_difference(media: Sequence[Media], group_size: int) -> Tensor:
-    """Mean RMS difference of pixels in [0, 1] over the pairs of each group of consecutive images, float64 (P,)."""
-    pixels = torch.stack([sample.data for sample in media]).double().div(255).flatten(1).unflatten(0, (-1, group_size))
-    distance = torch.cdist(pixels, pixels) / pixels.shape[-1] ** 0.5
-    return distance.sum(dim=(1, 2)) / (group_size * (group_size - 1))
 
 
 def table(folder: Path) -> Table:

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from visalign.protocols import Reports, Reward, RewardSpec, SetReward
+from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec, SetReward
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 logger = logging.getLogger(__name__)
@@ -79,8 +79,8 @@ class ChecksPrompts(Protocol):
         """Raise ValueError, naming the row, for a prompt this reward cannot use."""
 
 
-def admit(rewards: Mapping[str, Reward | SetReward], prompts: Sequence[Prompt]) -> None:
-    """Check a whole prompt file against all rewards before anything is generated.
+def admit(rewards: Mapping[str, Reward | SetReward | PairwiseReward], prompts: Sequence[Prompt]) -> None:
+    """Check a whole prompt file against all rewards and judges before anything is generated.
 
     Raises:
         ValueError: names the reward, the row and the fix.

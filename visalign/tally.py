@@ -49,12 +49,12 @@ class Tally:
 
 
 def concatenate_scores(parts: Sequence[Mapping[str, Scores]]) -> dict[str, Scores]:
-    """The scores of several processes as those of one, in rank order; a detail that one part lacks is left out."""
+    """Scores of several parts (processes, in rank order) as those of one; a detail that a part lacks is NaN there."""
 
     def joined(name: str) -> Scores:
         ones = [part[name] for part in parts]
-        shared = [axis for axis in ones[0].details if all(axis in one.details for one in ones)]
-        details = {axis: torch.cat([one.details[axis] for one in ones]) for axis in shared}
+        axes = dict.fromkeys(axis for one in ones for axis in one.details)
+        details = {axis: torch.cat([one.details.get(axis, torch.full_like(one.raw, torch.nan)) for one in ones]) for axis in axes}
 
         def cat(field_name: str) -> Tensor:
             return torch.cat([getattr(one, field_name) for one in ones])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _MARKUP = str.maketrans({"<": "‹", ">": "›", "[": "(", "]": ")", **dict.fromkeys('"“”«»`', "'")})
 
@@ -22,7 +23,11 @@ def as_data(caption: str) -> str:
     return " ".join(visible.translate(_MARKUP).split())
 
 
-def fill(wording: str, caption: str, criterion: str = "") -> str:
-    """``wording`` with ``{prompt}`` and ``{criterion}`` filled in, in one pass: braces within a caption mean nothing."""
-    slots = {"{prompt}": as_data(caption), "{criterion}": as_data(criterion)}
-    return re.sub(r"\{(?:prompt|criterion)\}", lambda slot: slots[slot[0]], wording)
+def fill(wording: str, caption: str, criterion: str = "", points: Sequence[str] = ()) -> str:
+    """``wording`` with ``{prompt}``, ``{criterion}`` and ``{points}`` (a numbered line each) filled in.
+
+    All in one pass: braces within a caption mean nothing.
+    """
+    lines = "\n".join(f"{number}. {as_data(point)}" for number, point in enumerate(points, start=1))
+    slots = {"{prompt}": as_data(caption), "{criterion}": as_data(criterion), "{points}": lines}
+    return re.sub(r"\{(?:prompt|criterion|points)\}", lambda slot: slots[slot[0]], wording)

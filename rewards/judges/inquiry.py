@@ -16,6 +16,7 @@ from visalign.types import Scores
 logger = logging.getLogger(__name__)
 
 Reading = Verdict | str
+Read = Callable[[Answer], Reading]
 
 
 class Inquiry:
@@ -31,15 +32,18 @@ class Inquiry:
         self.repairs = repairs
         self.telemetry: dict[str, float] = {}
 
-    def ask(self, questions: Sequence[Question], read: Callable[[Answer], Reading], reminder: str = "") -> list[Reading]:
+    def ask(self, questions: Sequence[Question], read: Read | Sequence[Read], reminder: str = "") -> list[Reading]:
         """A verdict or a reason per question; equal questions are asked once.
 
+        Args:
+            read: an answer to its meaning, the same for all questions or one each.
         Raises:
             ValueError: the set-up is wrong, or the template reads log-probabilities and the server gives none at all.
         """
-        distinct = list(dict.fromkeys(questions))
+        reader = dict(zip(questions, read, strict=True)) if isinstance(read, Sequence) else dict.fromkeys(questions, read)
+        distinct, readers = list(reader), list(reader.values())
         replies = self.backend.ask(distinct)
-        readings = [_reading(question, reply, read) for question, reply in zip(distinct, replies, strict=True)]
+        readings = [_reading(*asked) for asked in zip(distinct, replies, readers, strict=True)]
         for _ in range(self.repairs if reminder else 0):
             unread = [row for row, reading in enumerate(readings) if reading == "parse"]
             if not unread:
@@ -49,7 +53,7 @@ class Inquiry:
             for row, question, reply in zip(unread, again, more, strict=True):
                 distinct[row] = question
                 replies[row] = replace(reply, attempts=reply.attempts + replies[row].attempts, seconds=reply.seconds + replies[row].seconds)
-                readings[row] = _reading(question, reply, read)
+                readings[row] = _reading(question, reply, readers[row])
         answered = [reading for reading, reply in zip(readings, replies, strict=True) if reply.answer and not reply.answer.refused]
         if answered and all(reading == "no logprobs" for reading in answered):
             raise ValueError(f"model '{self.backend.model}' was asked for the log-probabilities of its answers and gave none; serve it "
@@ -59,7 +63,7 @@ class Inquiry:
         if unclear:
             logger.warning("judge '%s': %d of %d answers could not be read, the first is %.200r", self.backend.model, len(unclear),
                            len(readings), unclear[0])
-        row_of = {question: row for row, question in enumerate(dict.fromkeys(questions))}
+        row_of = {question: row for row, question in enumerate(reader)}
         return [readings[row_of[question]] for question in questions]
 
 
@@ -74,7 +78,7 @@ def scores_of(readings: Sequence[Reading], details: bool = True) -> Scores:
                   reasons=tuple(reading if isinstance(reading, str) else None for reading in readings))
 
 
-def _reading(question: Question, reply: Reply, read: Callable[[Answer], Reading]) -> Reading:
+def _reading(question: Question, reply: Reply, read: Read) -> Reading:
     answer = reply.answer
     if answer is None:
         return reply.reason or "no answer"

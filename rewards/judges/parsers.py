@@ -117,6 +117,24 @@ def listed_scores(text: str, names: Sequence[str], high: float, combine: Literal
     return Verdict(value, dict(zip(names, map(float, scores), strict=True)))
 
 
+def verdict_list(text: str, names: Sequence[str]) -> Verdict | None:
+    """``<score>[1, 0, ...]</score>`` after the reasoning, one 0 or 1 per name in order; several must agree.
+
+    The value is the share of ones, the details that of each name; a name that occurs twice has the mean of its entries.
+    """
+    said = {re.sub(r"\s", "", one) for one in re.findall(r"<score>(.*?)</score>", after_thinking(text) or "", re.DOTALL | re.IGNORECASE)}
+    if len(said) != 1:
+        return None
+    entries = re.fullmatch(r"\[([01](?:,[01])*)\]", said.pop())
+    met = [float(entry) for entry in entries[1].split(",")] if entries else []
+    if not met or len(met) != len(names):
+        return None
+    by_name: dict[str, list[float]] = {}
+    for name, value in zip(names, met, strict=True):
+        by_name.setdefault(name, []).append(value)
+    return Verdict(sum(met) / len(met), {name: sum(values) / len(values) for name, values in by_name.items()})
+
+
 def signed_scores(text: str, noun: str) -> Verdict | None:
     """Two signed numbers, one per image, labelled ("Edited image 1: -0.53") or alone; the value is ``sigmoid(first - second)``."""
     words = own_words(text)

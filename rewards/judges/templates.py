@@ -17,10 +17,9 @@ from typing import Literal
 
 from visalign.rewards.judges import parsers
 from visalign.rewards.judges.captions import CLOSE, NOTICE, OPEN
+from visalign.rewards.judges.inquiry import Read
 from visalign.rewards.judges.question import Answer, Verdict
 from visalign.rewards.judges.tokens import share
-
-Read = Callable[[Answer], "Verdict | str"]
 
 _CAPTION = f"Caption: {OPEN}{{prompt}}{CLOSE}\n{NOTICE}"
 _INSTRUCTION = f"Editing instruction: {OPEN}{{prompt}}{CLOSE}\n{NOTICE}"

@@ -9,11 +9,10 @@ from transformers import (
     Mask2FormerForUniversalSegmentation,
     Mask2FormerImageProcessor,
     SwinConfig,
-    YolosConfig,
     YolosForObjectDetection,
-    YolosImageProcessor,
 )
 
+from tests.rewards.tiny_detector import make
 from visalign import playground
 from visalign.protocols import Reward
 from visalign.rewards.detector import COLORS, DetectedObjects, by_class, crop_box, judge, parse_request, relations
@@ -110,20 +109,7 @@ def test_crops_touch_at_least_one_pixel_and_stay_inside():
 
 @pytest.fixture(scope="module")
 def yolos(tmp_path_factory):
-    """A real detector whose heads are constant: every query says "dog", 98 %, in the box x 0.25 to 0.75, y 0.4 to 0.6."""
-    folder = tmp_path_factory.mktemp("yolos")
-    torch.manual_seed(0)
-    model = YolosForObjectDetection(YolosConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32], patch_size=16,
-        num_detection_tokens=2, use_mid_position_embeddings=False, id2label={0: "Cat", 1: "dog"}, label2id={"Cat": 0, "dog": 1}))
-    with torch.no_grad():
-        for head, bias in ((model.class_labels_classifier, [0.0, 5.0, 0.0]),
-                           (model.bbox_predictor, [0.0, 0.0, 0.0, math.log(0.2 / 0.8)])):
-            head.layers[-1].weight.zero_()
-            head.layers[-1].bias.copy_(torch.tensor(bias))
-    model.save_pretrained(folder)
-    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return make(tmp_path_factory.mktemp("yolos"))
 
 
 def test_boxes_come_back_in_the_images_own_pixels(yolos):
@@ -154,10 +140,21 @@ def test_an_image_is_scored_against_its_request(yolos):
     scores = soft.score(media, prompts, [0, 1, 2])
     assert scores.raw.tolist() == [0.5, 1.0, 1.0]
     assert scores.details["strict"].tolist() == strict.score(media, prompts, [0, 1, 2]).raw.tolist() == [0.0, 1.0, 1.0]
+    assert scores.details["correct"].tolist() == [0.0, 1.0, 1.0]
     assert scores.details["position"].isnan().all()
     assert scores.details["exclude"].isnan().tolist() == [True, True, False]
     certain = DetectedObjects(str(yolos), clip=CLIP, device="cpu", threshold=0.99)
     assert certain.score(media, prompts, [0, 1, 2]).raw.tolist() == [0.0, 0.0, 0.5]  # nothing is found, so no cat either
+
+
+def test_genevals_verdict_allows_more_objects_and_stands_beside_the_strict_one_whatever_counts_says(yolos):
+    """The detector finds two dogs; one is asked for, with and without "not two"."""
+    one = [{"class": "dog", "count": 1}]
+    prompts = [Prompt("a", metadata={"include": one}), Prompt("b", metadata={"include": one, "exclude": [{"class": "dog", "count": 2}]})]
+    for counts, strict in (("exact", [0.0, 0.0]), ("at_least", [1.0, 0.0])):
+        scores = DetectedObjects(str(yolos), clip=CLIP, device="cpu", counts=counts).score([picture((255, 0, 0))] * 2, prompts, [0, 1])
+        assert scores.details["correct"].tolist() == [1.0, 0.0]
+        assert scores.details["strict"].tolist() == strict
 
 
 def test_the_colour_is_the_nearest_description_of_the_object_without_its_background(yolos):

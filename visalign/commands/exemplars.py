@@ -29,14 +29,23 @@ def run(folder: Path, encoder: str, *, out: Path, unit: str, num_features: int, 
     files = folder_media(folder)
     quiet_libraries()
     kinds: list[MediaKind] | None = modality or None  # type: ignore[assignment]
-    try:
-        settings = parse_yaml(encoder)
-    except ValueError as error:
-        raise ValueError(f"--encoder '{encoder}': {error}") from None
-    built = as_encoder(resolve_path(settings), kinds)
+    built = parse_encoder(encoder, kinds)
     console = Console(stderr=True)
     media = (load_media(file) for file in track(files, description="encode", console=console, disable=not console.is_terminal))
     write(media, built, out, unit=unit, num_features=num_features, seed=seed, batch=batch)  # type: ignore[arg-type]
+
+
+def parse_encoder(text: str, modality: list[MediaKind] | None = None) -> Encoder:
+    """The encoder that ``--encoder`` names: a YAML mapping or ``package.module:function``.
+
+    Raises:
+        ValueError: not YAML, or no encoder.
+    """
+    try:
+        settings = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"--encoder '{text}': {error}") from None
+    return as_encoder(resolve_path(settings), modality)
 
 
 def write(media: Iterable[Media], encoder: Encoder, out: Path, *, unit: Unit = "sample", num_features: int = NUM_FEATURES, seed: int = 0,

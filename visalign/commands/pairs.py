@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,19 +14,20 @@ from rich.table import Table
 from visalign import scoring
 from visalign.build import load, unique_names
 from visalign.commands import quiet_libraries
-from visalign.commands.pipelines import call_arguments, check_call, load_pipeline
+from visalign.commands.models import model_source
+from visalign.commands.pipelines import check_call, load_pipeline
 from visalign.commands.score import parse_reward
-from visalign.config import RewardConfig, load_config
+from visalign.config import RewardConfig
 from visalign.credit import RewardTerm, asked
 from visalign.data import load_prompts
 from visalign.maths.preference_selection import Agreement
 from visalign.maths.seeds import derive_seed
 from visalign.media import save_media
 from visalign.preferences.groups import LATENTS, MEDIA, Choice, GroupFolder, ScoredGroup, Selection, choose, scored_group
-from visalign.preferences.jsonl import write_lines
 from visalign.preferences.readers import INDEX
 from visalign.preferences.stored import write_latents
 from visalign.protocols import SetReward
+from visalign.resumable import write_lines
 from visalign.samplers.identity import pipeline_identity
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import generate
@@ -59,23 +58,16 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
     named = asked(terms)
     scoring.admit(named, prompts)
     select(wanted, [], terms, seed)  # complains before anything is drawn
-    arguments: dict[str, Any] = {}
-    if (Path(model) / "config.yaml").is_file():  # a run's folder: its model, its evaluation call, its adapter
-        config = load_config(Path(model) / "config.yaml")
-        arguments = {**config.model.call, **config.model.eval_call}
-        adapter = adapter or Path(model) / "adapter"
-        model, dtype = config.model.path, dtype or config.model.dtype
-    arguments |= call_arguments(call)
-    dtype = dtype or "float32"
-    folder = GroupFolder(out, {"model": model, "adapter": adapter_digest(adapter), "call": arguments, "dtype": dtype, "seed": seed,
-                               "group_size": group_size, "rewards": [parse_reward(text).model_dump() for text in rewards]})
+    drawn = model_source(model, call, adapter, dtype)
+    folder = GroupFolder(out, {**drawn.identity, "seed": seed, "group_size": group_size,
+                               "rewards": [parse_reward(text).model_dump() for text in rewards]})
     groups = folder.read(prompts)
     console = Console(stderr=True)
     if len(groups) < len(prompts):
         quiet_libraries()
-        pipeline = load_pipeline(model, dtype, device, adapter)
-        check_call(pipeline, arguments)
-        policy = PipelinePolicy(pipeline, arguments, probe=prompts[0])
+        pipeline = load_pipeline(drawn.path, drawn.dtype, device, drawn.adapter)
+        check_call(pipeline, drawn.call)
+        policy = PipelinePolicy(pipeline, drawn.call, probe=prompts[0])
         identity = pipeline_identity(policy)
         todo = range(len(groups), len(prompts))
         try:
@@ -130,22 +122,6 @@ def draw(policy: PipelinePolicy, identity: str, folder: GroupFolder, group: int,
     write_latents(folder.path / LATENTS / Path(found.latents).name, latents, identity)
     folder.append(found)
     return found
-
-
-def adapter_digest(adapter: Path | None) -> str | None:
-    """An adapter's path and content: a run that went on has another one under the same path.
-
-    Raises:
-        ValueError: there is no such folder.
-    """
-    if adapter is None:
-        return None
-    if not adapter.is_dir():
-        raise ValueError(f"adapter '{adapter}': no such folder; a finished run's is RUN/adapter")
-    digest = hashlib.sha256()
-    for file in sorted(adapter.rglob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return f"{adapter} ({digest.hexdigest()[:16]})"
 
 
 def table(groups: Sequence[ScoredGroup], found: Selection, wanted: Wanted) -> Table:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
 from visalign.commands import quiet_libraries
 from visalign.commands.guided import GuidanceOptions, guided_draw
-from visalign.commands.pipelines import call_arguments, call_pipeline, check_call, load_pipeline
-from visalign.config import load_config
+from visalign.commands.models import Draw, model_source, pipeline_draw
 from visalign.data import load_prompts
 from visalign.media import INDEX, Sample, append_index, save_media
-from visalign.samplers.user_attention import SETTINGS, load_users
-from visalign.types import Media, Prompt
-from visalign.users import mixture_of
+from visalign.types import Prompt
 
 
 def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], source: str | None, seeds: str, dtype: str | None,
@@ -29,20 +24,13 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
     if (out / INDEX).exists():
         raise ValueError(f"{out} already holds samples; choose another --out")
     jobs = [(prompt, seed) for prompt in prompts for seed in parse_seeds(seeds)]
-    arguments: dict[str, Any] = {}
-    if (Path(model) / "config.yaml").is_file():  # a run's folder: its model, its evaluation call, its adapter
-        config = load_config(Path(model) / "config.yaml")
-        arguments = {**config.model.call, **config.model.eval_call}
-        adapter = adapter or Path(model) / "adapter"
-        model, dtype = config.model.path, dtype or config.model.dtype
+    drawn = model_source(model, call, adapter, dtype)
     quiet_libraries()
-    arguments |= call_arguments(call)
     console = Console(stderr=True)
-    draw: Callable[[Prompt, int], Media]
     if guidance is not None and guidance.wanted:
-        draw = guided_draw(model, dtype or "float32", device, adapter, arguments, prompts[0], guidance)
+        draw: Draw = guided_draw(drawn.path, drawn.dtype, device, drawn.adapter, drawn.call, prompts[0], guidance)
     else:
-        draw = _plain_draw(load_pipeline(model, dtype or "float32", device, adapter), arguments, prompts, adapter)
+        draw = pipeline_draw(drawn, device, prompts)
     out.mkdir(parents=True, exist_ok=True)
     digits, made = max(4, len(str(len(jobs) - 1))), 0
     try:
@@ -52,23 +40,6 @@ def run(model: str, call: list[str], *, adapter: Path | None, texts: list[str], 
     finally:  # also after Ctrl-C or an error: what was made is on disk
         if made:
             console.print(f"{made} of {len(jobs)} samples in {out}" if made < len(jobs) else f"{made} samples in {out}", highlight=False)
-
-
-def _plain_draw(pipeline: Any, arguments: dict[str, Any], prompts: Sequence[Prompt],
-                adapter: Path | None) -> Callable[[Prompt, int], Media]:
-    implied = {"negative_prompt": any(prompt.negative is not None for prompt in prompts), "image": any(prompt.images for prompt in prompts)}
-    check_call(pipeline, [*arguments, *(name for name, needed in implied.items() if needed)])
-    if adapter is None or not (adapter / SETTINGS).is_file():
-        return lambda prompt, seed: call_pipeline(pipeline, prompt, seed, arguments)
-    users = load_users(pipeline.components, adapter)
-    for prompt in prompts:
-        users.table.check(mixture_of(prompt))
-
-    def draw(prompt: Prompt, seed: int) -> Media:
-        with users.given([mixture_of(prompt)]):
-            return call_pipeline(pipeline, prompt, seed, arguments)
-
-    return draw
 
 
 def parse_seeds(text: str) -> list[int]:

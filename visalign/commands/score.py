@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from visalign.bootstrap import bootstrap_mean
 from visalign.build import load, unique_names
 from visalign.commands import quiet_libraries
 from visalign.config import GuardConfig, RewardConfig, load_config
 from visalign.data import load_prompts
-from visalign.evaluation import bootstrap_mean
 from visalign.media import INDEX, KIND, Sample, load_media, read_index
 from visalign.scoring import score
 from visalign.settings import ConfigError, parse_yaml, validate

@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from visalign.bootstrap import bootstrap_mean
+from visalign.comparison import outcomes
 from visalign.config import StoppingConfig
 from visalign.credit import RewardTerm
 from visalign.distributed import Processes
-from visalign.evaluation import BANDWIDTH, Evaluation, bootstrap_mean
+from visalign.evaluation import BANDWIDTH, Evaluation
 from visalign.guards.alarm import Alarm
 from visalign.guards.observe import group_diversity, observe
 from visalign.guards.rule import Fall, Look, Shift, Verdict, judge, shifts
@@ -140,8 +142,7 @@ def win_rates(first: Evaluation, now: Evaluation, directions: Mapping[str, int])
     for name, direction in directions.items():
         if name not in first.values or name not in now.values:
             continue
-        gain = direction * (now.values[name] - first.values[name])
-        wins = torch.where(torch.isfinite(gain), 0.5 * (gain.sign() + 1), math.nan)
+        wins = outcomes(direction * first.values[name], direction * now.values[name])
         if bool(torch.isfinite(wins).any()):
             interval = bootstrap_mean(wins)
             rates |= {f"eval/{name}_win_rate": interval.mean, f"eval/{name}_win_rate_low": interval.low,

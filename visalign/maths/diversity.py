@@ -1,4 +1,4 @@
-"""The Vendi score: how many different members a set effectively has, from 1 (all alike) to n (all orthogonal).
+"""The Vendi score: how many different members a set effectively has, from 1 (all alike) to n (all orthogonal); and mean distances.
 
     VS_q = exp(H_q(lambda)),   lambda the eigenvalues of K / n,   K positive semi-definite with unit diagonal
     H_1 = -sum lambda ln lambda,   H_q = ln(sum lambda^q) / (1 - q),   H_inf = -ln max lambda
@@ -94,3 +94,15 @@ def gaussian_vendi(features: Tensor, bandwidth: float, q: float = 1.0) -> float:
     features = features.double()
     squared = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist").square()
     return vendi_score((-squared / (2 * bandwidth**2)).exp(), q)
+
+
+def mean_distance(distances: Tensor) -> Tensor:
+    """Mean over the pairs of different members, (...), of symmetric matrices with a zero diagonal, (..., n, n).
+
+    Raises:
+        ValueError: fewer than two members.
+    """
+    n = distances.shape[-1]
+    if n < 2:
+        raise ValueError(f"the mean distance of {n} members does not exist; it needs at least two")
+    return distances.sum(dim=(-2, -1)) / (n * (n - 1))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from visalign.playground.geneval import geneval_rows
 from visalign.playground.verifier import SKILLS, Verdict, verify
 from visalign.playground.world import (
     Caption,
@@ -43,6 +44,7 @@ __all__ = [
     "clip_path",
     "exemplars_path",
     "family",
+    "geneval_rows",
     "heldout_prompts",
     "is_compositional",
     "load_pipeline",

@@ -24,7 +24,7 @@ import torch
 from visalign.credit import RewardTerm, assign_credit
 from visalign.maths.preference_selection import Agreement, select_pairs
 from visalign.maths.seeds import derive_seed
-from visalign.preferences.jsonl import write_lines
+from visalign.resumable import claim, whole_lines
 from visalign.types import Prompt, Scores
 
 GROUPS, SETTINGS, MEDIA, LATENTS = "groups.jsonl", "pairs.json", "media", "latents"
@@ -87,18 +87,7 @@ class GroupFolder:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
-        given = json.loads(json.dumps(settings, default=str))
-        if (path / SETTINGS).is_file():
-            held = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-            if held != given:
-                changes = "; ".join(f"{key}: {held.get(key)!r} there, {given.get(key)!r} now"
-                                    for key in sorted(held.keys() | given.keys()) if held.get(key) != given.get(key))
-                raise ValueError(f"{path} holds samples of other settings ({changes}); choose another folder, or give the same settings")
-        elif any((path / name).exists() for name in (GROUPS, MEDIA, LATENTS)):
-            raise ValueError(f"{path} holds samples but no {SETTINGS}; choose another folder")
-        else:
-            write_lines(path / SETTINGS, [json.dumps(given, ensure_ascii=False, indent=1)])
+        claim(path, SETTINGS, settings, content=(GROUPS, MEDIA, LATENTS))
 
     def read(self, prompts: Sequence[Prompt]) -> list[ScoredGroup]:
         """The groups that are whole, one per prompt from the first on; what a killed run began to write is cut off.
@@ -107,15 +96,8 @@ class GroupFolder:
             ValueError: they are of other prompts, or the file is damaged.
         """
         file = self.path / GROUPS
-        if not file.exists():
-            return []
-        content = file.read_bytes()
-        whole = content[:content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            with file.open("r+b") as open_file:
-                open_file.truncate(len(whole))
-        groups = []
-        for number, line in enumerate(whole.decode("utf-8").splitlines()):
+        groups: list[ScoredGroup] = []
+        for number, line in enumerate(whole_lines(file)):
             try:
                 row = json.loads(line)
                 prompt = Prompt(row["prompt"], row["negative_prompt"], tuple(row["images"]), row["metadata"])

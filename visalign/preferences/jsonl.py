@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from visalign.preferences.candidates import Candidate, MediaFile, StoredLatent
 from visalign.preferences.content import KINDS
 from visalign.preferences.judgements import as_scores, scores_of_ranking
 from visalign.preferences.records import PreferenceDataset, PreferenceRecord, Problem, RowError
+from visalign.resumable import write_lines
 from visalign.settings import did_you_mean
 from visalign.types import Prompt
 
@@ -175,14 +175,6 @@ def write_jsonl(dataset: PreferenceDataset, path: Path) -> None:
                   "scores": list(record.scores), "user": record.user, "weight": record.prompt.metadata.get("weight")}
         lines.append(json.dumps({key: value for key, value in values.items() if value not in (None, [], {})}, ensure_ascii=False))
     write_lines(path, lines)
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Replace a text file in one step: readers see the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -25,12 +25,13 @@ from torch import Tensor
 
 from visalign.preferences.candidates import Candidate, MediaCell, MediaFile, StoredLatent
 from visalign.preferences.content import KINDS, check_header, decode, fit
-from visalign.preferences.jsonl import write_lines
 from visalign.preferences.records import Broken, PreferenceDataset, PreferenceError, Problem, RowError
 from visalign.preferences.stored import check_stored, header, write_latents
+from visalign.resumable import write_lines
 from visalign.types import Media, Prompt
 
 logger = logging.getLogger(__name__)
+
 
 class MediaEncoder(Protocol):
     """The part of a policy that caching needs."""

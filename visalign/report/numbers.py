@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from visalign.comparison import Estimate
+
+
+def mean_text(one: Estimate, sign: str = "") -> str:
+    """A mean with the decimals that its interval leaves meaning, two digits of the interval's width."""
+    return _rounded(one.mean, one, sign)
+
+
+def interval_text(one: Estimate, sign: str = "") -> str:
+    """``[low, high]`` with as many decimals as the mean; empty where there is no interval."""
+    if one.low is None or one.high is None:
+        return ""
+    return f"[{_rounded(one.low, one, sign)}, {_rounded(one.high, one, sign)}]"
+
+
+def _rounded(value: float, one: Estimate, sign: str) -> str:
+    half = 0.0 if one.low is None or one.high is None else (one.high - one.low) / 2
+    if not half > 1e-9 * abs(one.mean):
+        return f"{value:{sign}.4g}"
+    return f"{value:{sign}.{min(max(0, 1 - math.floor(math.log10(half))), 9)}f}"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from visalign.config import Config, load_config
 from visalign.report.card import write_card
 from visalign.report.charts import Line, label
+from visalign.report.document import REPORT, document
+from visalign.report.evaluations import comparison_sections
 from visalign.report.glossary import explain
 from visalign.report.guards import alarm_banner, guard_section
 from visalign.report.numbers import Compared, read_comparison, read_references
@@ -19,7 +20,6 @@ from visalign.report.sections import chart, evaluation_line, grid, series
 from visalign.tracking import read_metrics
 from visalign.versions import versions
 
-REPORT = "report.html"
 _SECTIONS = (
     ("Trust region", "How far one iteration's updates move the policy that made its samples.", ("grpo/", "policy/")),
     ("Credit", "From rewards to what the update learns from.", ("credit/",)),
@@ -47,13 +47,10 @@ def write_report(run_dir: Path | str) -> Path:
         f"{done} of {config.train.iterations} iterations, {done * config.train.groups * config.train.group_size} samples &middot; "
         f"seed {config.train.seed}</div>",
         alarm_banner(run), _tiles(compared, config), _table(compared, references, config), _pictures(run, config),
-        _reward_curves(rows, config), guard_section(run, rows), _diagnostics(rows), _timings(run), _settings(run),
+        comparison_sections(run), _reward_curves(rows, config), guard_section(run, rows), _diagnostics(rows), _timings(run), _settings(run),
     ]
-    css = (resources.files("visalign.report") / "style.css").read_text(encoding="utf-8")
-    page = ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-            f"<title>{escape(run.resolve().name)}</title><style>{css}</style></head><body>{''.join(body)}</body></html>\n")
     path = run / REPORT
-    path.write_text(page, encoding="utf-8")
+    path.write_text(document(run.resolve().name, body), encoding="utf-8")
     if (run / "adapter").is_dir():
         write_card(run, config, compared, references)
     return path
