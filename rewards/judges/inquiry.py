@@ -11,6 +11,7 @@ import torch
 
 from visalign.rewards.judges.parsers import is_refusal
 from visalign.rewards.judges.question import Answer, Backend, Question, Reply, Verdict
+from visalign.rewards.servers.calls import latencies
 from visalign.types import Scores
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,4 @@ def _account(readings: Sequence[Reading], replies: Sequence[Reply]) -> dict[str,
     told = {"questions": float(len(readings)), "cached": float(sum(reply.attempts == 0 and reply.answer is not None for reply in replies)),
             "calls": float(sum(reply.attempts for reply in replies)), "valid_rate": 1 - sum(reasons.values()) / len(readings)}
     told |= {f"failed/{reason.replace(' ', '_')}": count / len(readings) for reason, count in sorted(reasons.items())}
-    if asked:
-        p50, p95 = torch.tensor(asked, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-        told |= {"latency_p50": p50, "latency_p95": p95}
-    return told
+    return told | latencies(asked)
