@@ -14,10 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from visalign import scoring
-from visalign.build import load, unique_names
 from visalign.commands import quiet_libraries
 from visalign.commands.pipelines import call_arguments, check_call, load_pipeline
-from visalign.commands.score import parse_reward
 from visalign.config import RewardConfig, load_config
 from visalign.credit import RewardTerm, asked
 from visalign.data import load_prompts
@@ -29,6 +27,7 @@ from visalign.preferences.jsonl import write_lines
 from visalign.preferences.readers import INDEX
 from visalign.preferences.stored import write_latents
 from visalign.protocols import SetReward
+from visalign.reward_entries import load, parse_reward, unique_names
 from visalign.samplers.identity import pipeline_identity
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import generate
