@@ -26,6 +26,7 @@ BUILTIN: dict[str, str] = {
     "imagereward": "visalign.rewards.imagereward:ImageReward",
     "jpeg_compressibility": "visalign.rewards.jpeg:JpegCompressibility",
     "jpeg_incompressibility": "visalign.rewards.jpeg:JpegIncompressibility",
+    "latent_head": "visalign.rewards.latent_head:LatentHead",
     "loudness_gate": "visalign.rewards.loudness:LoudnessGate",
     "objects": "visalign.rewards.detector:DetectedObjects",
     "ocr": "visalign.rewards.ocr:WrittenText [ocr]",

@@ -56,6 +56,18 @@ def mean_value(media: Sequence[Media], prompts: Sequence[Prompt]) -> list[float]
     return [float(sample.data.mean()) for sample in media]
 
 
+class OracleLatents:
+    """What the oracle's latents are: prompts are embedded as their offset."""
+
+    convention = "gaussian 2x3"
+
+    def __init__(self, policy: GaussianPolicy) -> None:
+        self.policy = policy
+
+    def embed(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        return self.policy.encode(prompts).offset[:, None].float()
+
+
 def drawn(media: Sequence[Media], prompts: Sequence[Prompt]) -> list[float]:
     """A reward that draws from every global generator, so that a resume which forgets one of them gives other numbers."""
     return [float(sample.data.mean()) + 0.01 * (float(torch.rand(())) + float(np.random.rand()) + random.random()) for sample in media]
@@ -73,7 +85,8 @@ def parts(settings: Config, reward: Callable[..., Any] = mean_value, num_steps: 
     term = RewardTerm("value", FunctionReward(reward, name="value", modality=["audio"]))
     values: dict[str, Any] = {"policy": policy, "train_policy": policy, "eval_policy": policy, "sampler": sampler, "algorithm": algorithm,
                               "terms": [term],
-                              "guards": {}, "prompts": PROMPTS, "eval_prompts": PROMPTS, "save_adapter": lambda folder: None}
+                              "guards": {}, "prompts": PROMPTS, "eval_prompts": PROMPTS, "save_adapter": lambda folder: None,
+                              "latents": OracleLatents(policy)}
     return Parts(**{**values, **changes})
 
 

@@ -23,6 +23,7 @@ from visalign.protocols import RecordedScores, Reward, Sampler
 from visalign.reward_entries import load, unique_names
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.identity import pipeline_identity
+from visalign.samplers.latent_source import PipelineLatents
 from visalign.samplers.mixed import MixedSampler
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.replay import SCORE, ReplaySampler
@@ -63,7 +64,7 @@ def build(config: Config, processes: Processes) -> Parts:
     train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
     return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=algorithm,
                  terms=terms, combiner=combiner, guards=guards, prompts=prompts, eval_prompts=eval_prompts,
-                 save_adapter=policy.save_adapter)
+                 save_adapter=policy.save_adapter, latents=PipelineLatents(policy))
 
 
 def read_preferences(config: Config) -> PreferenceDataset | None:
