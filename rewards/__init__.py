@@ -33,6 +33,8 @@ BUILTIN: dict[str, str] = {
     "pairwise_judge": "visalign.rewards.judges.pairwise:PairwiseJudge",
     "pickscore": "visalign.rewards.pickscore:PickScore",
     "pointwise_judge": "visalign.rewards.judges.pointwise:PointwiseJudge",
+    "remote": "visalign.rewards.remote.rewards:Remote",
+    "remote_judge": "visalign.rewards.remote.rewards:RemoteJudge",
     "reward_token": "visalign.rewards.judges.reward_token:RewardTokenScore",
     "rubric_judge": "visalign.rewards.judges.rubric:RubricJudge",
     "simulator_stability": "visalign.rewards.stability:SimulatorStability [sim3d]",

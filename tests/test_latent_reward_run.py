@@ -62,7 +62,8 @@ def test_a_head_of_other_latents_is_refused_before_sampling(head: Path, tmp_path
 def test_score_and_pairs(head: Path, tmp_path: Path) -> None:
     option = f"{{name: latent_head, params: {{head: '{head}'}}}}"
     call = [f"{key}={value}" for key, value in CALL.items()]
-    made = visalign("pairs", "playground:pipeline", "-p", "a red circle", "-r", option, "--group-size", 2, "--out", tmp_path / "pairs", *call)
+    made = visalign("pairs", "playground:pipeline", *call, "-p", "a red circle", "-r", option, "--group-size", 2,
+                    "--out", tmp_path / "pairs")
     assert made.exit_code == 0, made.output + made.stderr
     refused = visalign("score", tmp_path / "pairs" / "media", "-r", option)
     assert refused.exit_code == 1

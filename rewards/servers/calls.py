@@ -7,10 +7,11 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -158,9 +159,19 @@ def bearer(token_env: str | None, what: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-def latencies(seconds: Sequence[float]) -> dict[str, float]:
-    """``latency_p50`` and ``latency_p95`` of calls, in seconds; empty without any."""
-    if not seconds:
-        return {}
-    p50, p95 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-    return {"latency_p50": p50, "latency_p95": p95}
+def account(reasons: Sequence[str | None], outcomes: Sequence[Outcome[Any]], cached: int) -> dict[str, float]:
+    """How it went: answers out of the cache, calls made, share of questions with an answer and of each reason, latency of what was asked.
+
+    Args:
+        reasons: per question why it has no answer, or ``None``.
+        outcomes: of the requests that were made.
+    """
+    counts = Counter(reason for reason in reasons if reason is not None)
+    told = {"cached": float(cached), "calls": float(sum(outcome.attempts for outcome in outcomes)),
+            "valid_rate": 1 - counts.total() / len(reasons)}
+    told |= {f"failed/{reason.replace(' ', '_')}": count / len(reasons) for reason, count in sorted(counts.items())}
+    seconds = [outcome.seconds for outcome in outcomes if outcome.attempts]
+    if seconds:
+        p50, p95 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+        told |= {"latency_p50": p50, "latency_p95": p95}
+    return told
