@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import threading
 import time
@@ -17,6 +16,7 @@ import torch
 
 from visalign.rewards.servers.replicas import Replicas
 from visalign.rewards.servers.transport import Response, post
+from visalign.secret import read_secret
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
@@ -148,15 +148,12 @@ def server_message(body: bytes) -> str:
 
 
 def bearer(token_env: str | None, what: str) -> dict[str, str]:
-    """The header with the token that an environment variable holds; none for ``None``.
+    """The header with the token (``what``) that an environment variable holds; none for ``None``.
 
     Raises:
-        ValueError: the variable is empty; ``what`` says what belongs there.
+        ValueError: see ``read_secret``.
     """
-    token = os.environ.get(token_env) if token_env else None
-    if token_env and not token:
-        raise ValueError(f"the environment variable {token_env} is empty; export {what} in it")
-    return {"Authorization": f"Bearer {token}"} if token else {}
+    return {"Authorization": f"Bearer {read_secret(token_env, what)}"} if token_env else {}
 
 
 def account(reasons: Sequence[str | None], outcomes: Sequence[Outcome[Any]], cached: int) -> dict[str, float]:

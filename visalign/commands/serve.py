@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from visalign.protocols import PairwiseReward, Reward
 from visalign.reward_entries import load_any, parse_reward, unique_names
+from visalign.secret import read_secret
 from visalign.serving.settings import ServeConfig, ServerConfig, load_serve_config
 from visalign.settings import validate
 
@@ -47,9 +47,7 @@ def read_token(settings: ServerConfig) -> str | None:
     Raises:
         ValueError: the variable is empty, or other machines could ask without a token.
     """
-    token = os.environ.get(settings.token_env) if settings.token_env else None
-    if settings.token_env and not token:
-        raise ValueError(f"the environment variable {settings.token_env} is empty; export the token that requests must bring in it")
+    token = read_secret(settings.token_env, "the token that requests must bring") if settings.token_env else None
     if token is None and settings.host not in LOOPBACK:
         raise ValueError(f"host {settings.host} is reached by other machines; give --token-env NAME, with a token in that environment "
                          "variable, or serve on 127.0.0.1 alone")
