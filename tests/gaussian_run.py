@@ -1,6 +1,6 @@
 """A whole run on the Gaussian oracle policy, in milliseconds: imported by tests, and a script for tests that need processes.
 
-    python tests/gaussian_run.py RUN_DIR [--resume] [--kill MOMENT:N] [key=value ...]
+    python tests/gaussian_run.py RUN_DIR [--resume] [--kill MOMENT:N] [--remote URL --cache DIR] [key=value ...]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from visalign.maths.oracle import GaussianWorld
 from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.parts import Parts
 from visalign.rewards.function import FunctionReward
+from visalign.rewards.remote.rewards import Remote
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import TrajectorySampler
@@ -120,10 +121,15 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--plain", action="store_true", help="a reward without randomness")
     parser.add_argument("--kill")
+    parser.add_argument("--remote", help="a server of the reward 'value'")
+    parser.add_argument("--cache")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     if arguments.kill:
         which, number = arguments.kill.split(":")
         kill_at(which, int(number))
-    go(arguments.run_dir, config(*arguments.overrides), resume=arguments.resume, reward=mean_value if arguments.plain else drawn)
+    changes: dict[str, Any] = {"reward": mean_value if arguments.plain else drawn}
+    if arguments.remote:
+        changes = {"terms": [RewardTerm("value", Remote(arguments.remote, "value", cache_dir=arguments.cache, concurrency=1))]}
+    go(arguments.run_dir, config(*arguments.overrides), resume=arguments.resume, **changes)

@@ -19,7 +19,8 @@ def pack_answer(scores: Scores, spec: SpecPart) -> bytes:
     """The scores of a request's rows; probabilities of pairs are scores, too."""
     columns = {"raw": scores.raw, "value": scores.value, **{f"{DETAIL}{axis}": column for axis, column in scores.details.items()}}
     arrays: dict[str, Array] = {name: column.detach().cpu().float().contiguous().numpy() for name, column in columns.items()}
-    return pack(Answer(spec=spec, reasons=scores.reasons), {**arrays, "valid": scores.valid.detach().cpu().contiguous().numpy()})
+    arrays["valid"] = scores.valid.detach().cpu().contiguous().numpy()
+    return pack(Answer(spec=spec, reasons=scores.reasons, axes=tuple(scores.details)), arrays)
 
 
 def unpack_answer(body: bytes, num_rows: int) -> tuple[Scores, SpecPart]:
@@ -29,7 +30,7 @@ def unpack_answer(body: bytes, num_rows: int) -> tuple[Scores, SpecPart]:
         WireError: not an answer about ``num_rows`` rows; ``VersionError``.
     """
     answer, arrays = unpack(body, Answer)
-    details = {name.removeprefix(DETAIL): _column(arrays, name, num_rows) for name in arrays if name.startswith(DETAIL)}
+    details = {axis: _column(arrays, f"{DETAIL}{axis}", num_rows) for axis in answer.axes}
     valid = arrays.get("valid")
     if valid is None or valid.dtype != np.bool_ or valid.shape != (num_rows,) or len(answer.reasons) != num_rows:
         raise WireError(f"expected 'valid' and reasons of {num_rows} rows")

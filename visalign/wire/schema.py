@@ -106,8 +106,12 @@ class Request(Part):
 
 
 class Answer(Part):
-    """What came of it: per row why there is no score, or ``null``; arrays ``raw``, ``value``, ``valid`` and ``details.AXIS``."""
+    """What came of it: per row why there is no score, or ``null``; arrays ``raw``, ``value``, ``valid`` and ``details.AXIS``.
+
+    The axes are listed because a safetensors file has no order.
+    """
 
     version: Literal[1] = VERSION
     spec: SpecPart
     reasons: tuple[str | None, ...]
+    axes: tuple[str, ...]
