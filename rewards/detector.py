@@ -30,7 +30,7 @@ from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.clip import model_ids, open_clip_encoder
-from visalign.rewards.detectors import Detection, Detector
+from visalign.rewards.detectors import Detection, Detector, SeesObjects
 from visalign.types import Media, Prompt, Scores
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -64,13 +64,14 @@ class DetectedObjects:
     """How far an image shows the objects asked for. Details: ``count``, ``color``, ``position``, ``exclude`` (NaN where not asked for)
     and ``strict``."""
 
-    def __init__(self, detector: str, *, clip: str = "ViT-L-14", clip_pretrained: str | None = "openai",
+    def __init__(self, detector: str | SeesObjects, *, clip: str = "ViT-L-14", clip_pretrained: str | None = "openai",
                  reward: Literal["soft", "strict"] = "soft", counts: Literal["exact", "at_least"] = "exact", threshold: float = 0.3,
                  device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "objects") -> None:
         """
         Args:
             detector: folder or hub id of a detector in transformers: boxes (DETR, RT-DETR, YOLOS, ...) or instance masks
-                (facebook/mask2former-swin-small-coco-instance); with masks, colours are judged without the background.
+                (facebook/mask2former-swin-small-coco-instance); with masks, colours are judged without the background. Or any object
+                that sees, such as a detector of another library.
             clip, clip_pretrained: the open_clip model that names colours.
             reward: mean of the terms, or all or nothing.
             counts: "at_least" is GenEval's own, which leaves "no more" to ``exclude``.
@@ -81,13 +82,14 @@ class DetectedObjects:
         if reward not in ("soft", "strict") or counts not in ("exact", "at_least") or not 0 < threshold < 1:
             raise ValueError(f"reward '{reward}' must be soft or strict, counts '{counts}' exact or at_least, threshold {threshold} "
                              "between 0 and 1")
-        self.detector = Detector(detector, device=device, cache_dir=cache_dir)
+        self.detector: SeesObjects = Detector(detector, device=device, cache_dir=cache_dir) if isinstance(detector, str) else detector
         self.encoder = open_clip_encoder(clip, clip_pretrained, name=name, device=device, cache_dir=cache_dir)
         self.reward = reward
         self.counts: Literal["exact", "at_least"] = counts
         self.threshold = threshold
         self.spec = RewardSpec(name=name, requires=frozenset({"include"}), raw_range=(0.0, 1.0),
-                               model_ids=(detector, *model_ids(clip, clip_pretrained)), version=f"{reward}-{counts}-{threshold:g}")
+                               model_ids=(self.detector.model_id, *model_ids(clip, clip_pretrained)),
+                               version=f"{reward}-{counts}-{threshold:g}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per image.
@@ -95,7 +97,8 @@ class DetectedObjects:
         Raises:
             ValueError: a request that is not of GenEval's form, or a class the detector does not know.
         """
-        rows = [self._judge(sample.data, self._request(prompt)) for sample, prompt in zip(media, prompts, strict=True)]
+        requests = [self.request(prompt) for prompt in prompts]
+        rows = [judge(request, *self.see(sample.data, request), self.counts) for sample, request in zip(media, requests, strict=True)]
         details = {key: torch.tensor([_mean(terms[key]) for terms in rows]) for key in ("count", "color", "position", "exclude")}
         flat = [[term for of_kind in terms.values() for term in of_kind] for terms in rows]
         details["strict"] = torch.tensor([float(min(terms) == 1) for terms in flat])
@@ -106,11 +109,16 @@ class DetectedObjects:
         """Refuse requests that cannot be judged, before anything is generated."""
         for row, prompt in enumerate(prompts):
             try:
-                self._request(prompt)
+                self.request(prompt)
             except ValueError as error:
                 raise ValueError(f"reward '{self.spec.name}', prompt {row} ({prompt.text[:60]!r}): {error}") from error
 
-    def _request(self, prompt: Prompt) -> Request:
+    def request(self, prompt: Prompt) -> Request:
+        """What a prompt asks for.
+
+        Raises:
+            ValueError: it is not of GenEval's form, or names a class the detector does not know.
+        """
         request = parse_request(prompt.metadata)
         for wanted in (*request.include, *request.exclude):
             if wanted.name not in self.detector.labels:
@@ -118,13 +126,13 @@ class DetectedObjects:
                 raise ValueError(f"the detector does not know '{wanted.name}'; it knows {', '.join(known)}, ...")
         return request
 
-    def _judge(self, image: Tensor, request: Request) -> Terms:
+    def see(self, image: Tensor, request: Request) -> tuple[Mapping[str, Sequence[Detection]], Mapping[Detection, str]]:
+        """Detections by class, the most confident first, and the colours of those whose colour is asked for."""
         image = image.cpu()
         detections = self.detector(image, max(self.threshold, COUNTING_THRESHOLD) if request.counting else self.threshold)
         found = by_class(detections)
         colored = {wanted.name for wanted in request.include if wanted.color}
-        colors = {detection: self._color(image, detection) for name in colored for detection in found.get(name, ())}
-        return judge(request, found, colors, self.counts)
+        return found, {detection: self._color(image, detection) for name in colored for detection in found.get(name, ())}
 
     def _color(self, image: Tensor, detection: Detection) -> str:
         """The colour whose descriptions are nearest to the cut-out object, its background painted grey."""
