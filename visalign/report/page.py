@@ -45,7 +45,7 @@ def write_report(run_dir: Path | str) -> Path:
         f"{done} of {config.train.iterations} iterations, {done * config.train.groups * config.train.group_size} samples &middot; "
         f"seed {config.train.seed}</div>",
         _tiles(compared, config), _table(compared, references, config), _pictures(run, config), _reward_curves(rows, config),
-        _diagnostics(rows), _timings(run), _settings(run),
+        _diagnostics(rows), _timings(run, rows), _settings(run),
     ]
     css = (resources.files("visalign.report") / "style.css").read_text(encoding="utf-8")
     page = ("<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
@@ -156,14 +156,28 @@ def _moves(values: Sequence[float]) -> bool:
     return bool(known) and max(known) - min(known) > 1e-5 * max(map(abs, known))
 
 
-def _timings(run: Path) -> str:
+def _timings(run: Path, metrics: Sequence[Mapping[str, float]]) -> str:
+    """Where the time goes, and how the rewards' calls went."""
     path = run / "timings.jsonl"
     if not path.is_file():
         return ""
     rows = read_metrics(run, path.name)
-    names = sorted({name for row in rows for name in row if name.startswith("time/")})
-    lines = [Line(name.removeprefix("time/"), *_series(rows, name)) for name in names[:6]]
-    return _grid("Time", "", [_chart("seconds per iteration", lines, "Wall clock, by phase.")])
+    return _grid("Time", "", [
+        _chart("seconds per iteration", _lines(rows, "time/", ""), "Wall clock, by phase."),
+        _chart("seconds per call of a reward", _lines(rows, "reward/", "/seconds"), "Wall clock of scoring all samples of an iteration."),
+        _chart("latency of single requests",
+               sorted((line for part in ("p50", "p95") for line in _lines(rows, "judge/", f"/latency_{part}", f" {part}")),
+                      key=lambda line: line.name)[:6],
+               "Seconds, of judges and rewards behind servers: half and 95 % of an iteration's requests were faster."),
+        _chart("valid samples", [line for line in _lines(metrics, "reward/", "/valid_rate") if min(line.y) < 1],
+               "Share of an iteration's samples that each reward could score; rewards that never failed are left out."),
+    ])
+
+
+def _lines(rows: Sequence[Mapping[str, float]], start: str, end: str, label: str = "") -> list[Line]:
+    """A line for each of the first six numbers whose names start and end so, named by what is between, with a label."""
+    names = sorted({name for row in rows for name in row if name.startswith(start) and name.endswith(end)})
+    return [Line(name.removeprefix(start).removesuffix(end) + label, *_series(rows, name)) for name in names[:6]]
 
 
 def _chart(title: str, lines: Sequence[Line], text: str) -> str:
