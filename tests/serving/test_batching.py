@@ -119,6 +119,13 @@ def test_groups_of_a_groupwise_reward_stay_whole_and_apart():
     assert answers[0].raw.tolist() == [1, 11, 2, 12, 3, 13]
 
 
+def test_groups_of_two_requests_are_two_groups_whatever_their_numbers():
+    reward = Recording(arity="groupwise")
+    serve(reward, rows(1, 2, group=0), rows(3, 4, group=0), max_batch=4)
+    assert reward.calls == [[1, 2, 3, 4]]
+    assert reward.groups == [[0, 0, 1, 1]]
+
+
 # --- failures ---------------------------------------------------------------------------------------------------------------------
 
 
