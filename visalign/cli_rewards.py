@@ -34,7 +34,7 @@ def score(
              "  visalign serve-reward -r visalign.rewards.scorers.hpsv3:HPSv3      in an environment of its own, see docs/scorers.md\n\n"
              "A run asks it with:  {name: remote, params: {urls: 'http://HOST:8765', scorer: clip}}")
 def serve_reward(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", show_default=False, help=
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False, help=
         "A YAML file with rewards: as in a run, and server: with the options below.")] = None,
     reward: Annotated[list[str] | None, typer.Option("--reward", "-r", help="A name, a path, or {name: ..., params: {...}}.")] = None,
     host: Annotated[str | None, typer.Option("--host", help="Default 127.0.0.1, this machine alone.")] = None,
