@@ -10,7 +10,7 @@ A request is ``Prompt.metadata`` in GenEval's form, one term per thing asked for
     position  share of pairs (object, anchor) in that relation; 0 where one of them is missing
     exclude   1 if fewer than ``count`` are found, else 0
     raw       mean of all terms ("soft"), or 1 if every term is 1, else 0 ("strict")
-    correct   1 if every term is 1 with counts="at_least", else 0: GenEval's own verdict, whatever ``counts`` says
+    correct   GenEval's own verdict, 1 or 0, whatever ``counts`` says
 
 This is *like* GenEval, with its thresholds, geometry and colours, but with whatever detector of transformers is given instead of its
 Mask2Former in mmdet, so the numbers do not belong on its leaderboard.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.clip import model_ids, open_clip_encoder
-from visalign.rewards.detectors import Detection, Detector
+from visalign.rewards.detectors import Detection, Detector, SeesObjects
 from visalign.types import Media, Prompt, Scores
 
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -42,7 +42,6 @@ POSITION_MARGIN = 0.1  # of the boxes' sizes, by which centres must differ
 COUNTING_THRESHOLD = 0.9
 Terms = Mapping[str, Sequence[float]]
 Counts = Literal["exact", "at_least"]
-AT_LEAST: Counts = "at_least"
 
 
 @dataclass(frozen=True)
@@ -75,13 +74,14 @@ class DetectedObjects:
     """How far an image shows the objects asked for. Details: ``count``, ``color``, ``position``, ``exclude`` (NaN where not asked for),
     ``strict`` and ``correct``."""
 
-    def __init__(self, detector: str, *, clip: str = "ViT-L-14", clip_pretrained: str | None = "openai",
+    def __init__(self, detector: str | SeesObjects, *, clip: str = "ViT-L-14", clip_pretrained: str | None = "openai",
                  reward: Literal["soft", "strict"] = "soft", counts: Counts = "exact", threshold: float = 0.3,
                  device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "objects") -> None:
         """
         Args:
             detector: folder or hub id of a detector in transformers: boxes (DETR, RT-DETR, YOLOS, ...) or instance masks
-                (facebook/mask2former-swin-small-coco-instance); with masks, colours are judged without the background.
+                (facebook/mask2former-swin-small-coco-instance); with masks, colours are judged without the background. Or any object
+                that sees, such as a detector of another library.
             clip, clip_pretrained: the open_clip model that names colours.
             reward: mean of the terms, or all or nothing.
             counts: "at_least" is GenEval's own, which leaves "no more" to ``exclude``.
@@ -92,13 +92,14 @@ class DetectedObjects:
         if reward not in ("soft", "strict") or counts not in ("exact", "at_least") or not 0 < threshold < 1:
             raise ValueError(f"reward '{reward}' must be soft or strict, counts '{counts}' exact or at_least, threshold {threshold} "
                              "between 0 and 1")
-        self.detector = Detector(detector, device=device, cache_dir=cache_dir)
+        self.detector: SeesObjects = Detector(detector, device=device, cache_dir=cache_dir) if isinstance(detector, str) else detector
         self.encoder = open_clip_encoder(clip, clip_pretrained, name=name, device=device, cache_dir=cache_dir)
         self.reward = reward
         self.counts: Counts = counts
         self.threshold = threshold
         self.spec = RewardSpec(name=name, requires=frozenset({"include"}), raw_range=(0.0, 1.0),
-                               model_ids=(detector, *model_ids(clip, clip_pretrained)), version=f"{reward}-{counts}-{threshold:g}")
+                               model_ids=(self.detector.model_id, *model_ids(clip, clip_pretrained)),
+                               version=f"{reward}-{counts}-{threshold:g}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per image.
@@ -106,14 +107,13 @@ class DetectedObjects:
         Raises:
             ValueError: a request that is not of GenEval's form, or a class the detector does not know.
         """
-        requests = [self._request(prompt) for prompt in prompts]
-        seen = [self._see(sample.data, request) for sample, request in zip(media, requests, strict=True)]
-        rows, lenient = ([judge(request, one.found, one.colors, counts) for request, one in zip(requests, seen, strict=True)]
-                         for counts in (self.counts, AT_LEAST))
+        requests = [self.request(prompt) for prompt in prompts]
+        seen = [self.see(sample.data, request) for sample, request in zip(media, requests, strict=True)]
+        rows = [judge(request, one.found, one.colors, self.counts) for request, one in zip(requests, seen, strict=True)]
         details = {key: torch.tensor([_mean(terms[key]) for terms in rows]) for key in ("count", "color", "position", "exclude")}
         flat = [_flat(terms) for terms in rows]
         details["strict"] = torch.tensor([float(min(terms) == 1) for terms in flat])
-        details["correct"] = torch.tensor([float(min(_flat(terms)) == 1) for terms in lenient])
+        details["correct"] = torch.tensor([float(correct(*pair)) for pair in zip(requests, seen, strict=True)])
         values = [_mean(terms) for terms in flat] if self.reward == "soft" else details["strict"].tolist()
         return Scores.from_values(values, details=details)
 
@@ -121,11 +121,16 @@ class DetectedObjects:
         """Refuse requests that cannot be judged, before anything is generated."""
         for row, prompt in enumerate(prompts):
             try:
-                self._request(prompt)
+                self.request(prompt)
             except ValueError as error:
                 raise ValueError(f"reward '{self.spec.name}', prompt {row} ({prompt.text[:60]!r}): {error}") from error
 
-    def _request(self, prompt: Prompt) -> Request:
+    def request(self, prompt: Prompt) -> Request:
+        """What a prompt asks for.
+
+        Raises:
+            ValueError: it is not of GenEval's form, or names a class the detector does not know.
+        """
         request = parse_request(prompt.metadata)
         for wanted in (*request.include, *request.exclude):
             if wanted.name not in self.detector.labels:
@@ -133,7 +138,8 @@ class DetectedObjects:
                 raise ValueError(f"the detector does not know '{wanted.name}'; it knows {', '.join(known)}, ...")
         return request
 
-    def _see(self, image: Tensor, request: Request) -> Seen:
+    def see(self, image: Tensor, request: Request) -> Seen:
+        """Detections by class, the most confident first, and the colours of those whose colour is asked for."""
         image = image.cpu()
         detections = self.detector(image, max(self.threshold, COUNTING_THRESHOLD) if request.counting else self.threshold)
         found = by_class(detections)
@@ -174,6 +180,21 @@ def judge(request: Request, found: Mapping[str, Sequence[Detection]], colors: Ma
             terms["position"].append(sum(pairs) / len(pairs) if pairs else 0.0)
     terms["exclude"] = [float(len(found.get(unwanted.name, ())) < unwanted.count) for unwanted in request.exclude]
     return terms
+
+
+def correct(request: Request, seen: Seen) -> bool:
+    """GenEval's own verdict: of every class the asked number of the most confident objects, more may be there; all of those of the asked
+    colour and in the asked relation to each of the anchor's; nothing excluded."""
+    matched: list[Sequence[Detection] | None] = []
+    for wanted in request.include:
+        objects = seen.found.get(wanted.name, ())[:wanted.count]
+        right = len(objects) == wanted.count and (wanted.color is None or all(seen.colors[one] == wanted.color for one in objects))
+        if right and wanted.relation is not None and wanted.anchor is not None:
+            anchors = matched[wanted.anchor] if wanted.anchor < len(matched) else None
+            right = anchors is not None and all(wanted.relation in relations(one, other) for one in objects for other in anchors)
+        matched.append(objects if right else None)
+    excluded = all(len(seen.found.get(unwanted.name, ())) < unwanted.count for unwanted in request.exclude)
+    return excluded and all(objects is not None for objects in matched)
 
 
 def relations(first: Detection, second: Detection) -> set[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ class Detection:
     score: float
     box: tuple[float, float, float, float]
     mask: Tensor | None = field(default=None, compare=False)
+
+
+class SeesObjects(Protocol):
+    """What sees objects in an image; ``labels`` are the classes it knows, in lower case, ``model_id`` what it was loaded from."""
+
+    labels: Sequence[str]
+    model_id: str
+
+    def __call__(self, image: Tensor, threshold: float) -> list[Detection]:
+        """Objects with at least that confidence in an image, uint8 (3, H, W)."""
 
 
 class Detector:
@@ -38,6 +49,7 @@ class Detector:
             MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
         )
 
+        self.model_id = model
         config: Any = AutoConfig.from_pretrained(model, cache_dir=cache_dir)
         self.segments = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING
         if not self.segments and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
@@ -52,7 +64,7 @@ class Detector:
         self.model.to(self.device).requires_grad_(False).eval()
         self.processor: Any = AutoImageProcessor.from_pretrained(model, cache_dir=cache_dir)
         self.names = {int(index): str(label).lower() for index, label in config.id2label.items()}
-        self.labels = tuple(dict.fromkeys(self.names.values()))
+        self.labels: Sequence[str] = tuple(dict.fromkeys(self.names.values()))
 
     @torch.no_grad()
     def __call__(self, image: Tensor, threshold: float) -> list[Detection]:

@@ -1,6 +1,6 @@
 """A whole run on the Gaussian oracle policy, in milliseconds: imported by tests, and a script for tests that need processes.
 
-    python tests/gaussian_run.py RUN_DIR [--resume] [--kill MOMENT:N] [key=value ...]
+    python tests/gaussian_run.py RUN_DIR [--resume] [--kill MOMENT:N] [--remote URL --cache DIR] [key=value ...]
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from visalign.maths.oracle import GaussianWorld
 from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.parts import Parts
 from visalign.rewards.function import FunctionReward
+from visalign.rewards.remote.rewards import Remote
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.rollout import TrajectorySampler
@@ -56,6 +57,18 @@ def mean_value(media: Sequence[Media], prompts: Sequence[Prompt]) -> list[float]
     return [float(sample.data.mean()) for sample in media]
 
 
+class OracleLatents:
+    """What the oracle's latents are: prompts are embedded as their offset."""
+
+    convention = "gaussian 2x3"
+
+    def __init__(self, policy: GaussianPolicy) -> None:
+        self.policy = policy
+
+    def embed(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        return self.policy.encode(prompts).offset[:, None].float()
+
+
 def drawn(media: Sequence[Media], prompts: Sequence[Prompt]) -> list[float]:
     """A reward that draws from every global generator, so that a resume which forgets one of them gives other numbers."""
     return [float(sample.data.mean()) + 0.01 * (float(torch.rand(())) + float(np.random.rand()) + random.random()) for sample in media]
@@ -73,7 +86,7 @@ def parts(settings: Config, reward: Callable[..., Any] = mean_value, num_steps: 
     term = RewardTerm("value", FunctionReward(reward, name="value", modality=["audio"]))
     values: dict[str, Any] = {"policy": policy, "train_policy": policy, "eval_policy": policy, "sampler": sampler, "algorithm": algorithm,
                               "terms": [term], "guards": {}, "prompts": PROMPTS, "eval_prompts": PROMPTS,
-                              "save_adapter": lambda folder: None}
+                              "save_adapter": lambda folder: None, "latents": OracleLatents(policy)}
     return Parts(**{**values, **changes})
 
 
@@ -107,10 +120,15 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--plain", action="store_true", help="a reward without randomness")
     parser.add_argument("--kill")
+    parser.add_argument("--remote", help="a server of the reward 'value'")
+    parser.add_argument("--cache")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     if arguments.kill:
         which, number = arguments.kill.split(":")
         kill_at(which, int(number))
-    go(arguments.run_dir, config(*arguments.overrides), resume=arguments.resume, reward=mean_value if arguments.plain else drawn)
+    changes: dict[str, Any] = {"reward": mean_value if arguments.plain else drawn}
+    if arguments.remote:
+        changes = {"terms": [RewardTerm("value", Remote(arguments.remote, "value", cache_dir=arguments.cache, concurrency=1))]}
+    go(arguments.run_dir, config(*arguments.overrides), resume=arguments.resume, **changes)

@@ -14,12 +14,14 @@ from tests import gaussian_run
 from tests.gaussian_run import PROMPTS, config, go
 from visalign import checkpoint, invariants
 from visalign.algorithms.grpo import GRPO
+from visalign.credit import RewardTerm
 from visalign.distributed import Processes
 from visalign.invariants import InvariantError
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.optimization import Optimization, TrainingStoppedError
 from visalign.protocols import LossTerms
+from visalign.rewards.function import FunctionReward
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.tracking import read_metrics
 from visalign.types import Scores
@@ -140,6 +142,52 @@ def test_tolerances_follow_dtype_and_size():
     assert 1e-5 < invariants.ratio_tolerance("bfloat16", 65_536) < 1e-3
     assert invariants.ratio_tolerance("float32", 65_536) < 1e-5
     assert invariants.coarser("float32", "bfloat16") == "bfloat16"
+
+
+# --- latents ----------------------------------------------------------------------------------------------------------------------
+
+
+def reads_latents(name="value"):
+    return FunctionReward(gaussian_run.mean_value, name=name, modality=["latent"])
+
+
+def test_a_run_on_a_reward_of_latents_decodes_nothing_and_equals_the_same_reward_of_media(tmp_path):
+    """The oracle's audio is its latents, so a mean of either is one number."""
+
+    class Counting(GaussianPolicy):
+        decoded = 0
+
+        def decode(self, latents, prompts=None):
+            Counting.decoded += len(latents)
+            return super().decode(latents, prompts)
+
+    run_with(world(Counting), tmp_path, terms=[RewardTerm("value", reads_latents())])
+    assert Counting.decoded == 4 * 4  # evaluations show their pictures: before, after two, four and six iterations
+    go(tmp_path / "media", config())
+    # What training samples look like is not known of what was never decoded.
+    decoded, never = ([{name: value for name, value in row.items() if not name.startswith("media/")} for row in read_metrics(tmp_path / name)]
+                      for name in ("media", "run"))
+    assert decoded == never
+
+
+def test_rewards_of_latents_and_of_media_add_up(tmp_path):
+    value = FunctionReward(gaussian_run.mean_value, name="media", modality=["audio"])
+    terms = [RewardTerm("latent", reads_latents(), weight=0.5), RewardTerm("media", value, weight=0.5)]
+    go(tmp_path / "both", config(), terms=terms)
+    go(tmp_path / "one", config())
+    both, one = (read_metrics(tmp_path / name) for name in ("both", "one"))
+    for row, other in zip(both[1:], one[1:], strict=True):
+        assert row["reward/latent/mean"] == row["reward/media/mean"] == other["reward/value/mean"]
+        assert row["credit/reward_mean"] == pytest.approx(other["credit/reward_mean"], abs=1e-9)
+    assert both[0]["eval/latent"] == both[0]["eval/media"] == one[0]["eval/value"]
+    timings = read_metrics(tmp_path / "both", "timings.jsonl")
+    assert all(row["reward/latent/seconds"] > 0 and row["reward/media/seconds"] > 0 for row in timings[1:])
+
+
+def test_latents_that_nobody_describes_are_refused_before_anything_is_sampled(tmp_path):
+    with pytest.raises(ValueError, match="does not say what its latents mean"):
+        go(tmp_path / "run", config(), terms=[RewardTerm("value", reads_latents())], latents=None)
+    assert not (tmp_path / "run").exists()
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------------------

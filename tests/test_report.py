@@ -46,12 +46,14 @@ def make_run(folder: Path, finished: bool = True) -> Path:
     before = evaluate("before", 0.4)
     metrics.log(-1, before.metrics())
     for i in range(20 if finished else 7):
-        row = {"reward/captions/mean": 0.5 + 0.3 * (1 - math.exp(-i / 8)), "grpo/ratio": 1 + 1e-5 * i, "train/grad_norm": 0.3,
+        row = {"reward/captions/valid_rate": 1 - 0.01 * i, "reward/other/valid_rate": 1.0,
+               "reward/captions/mean": 0.5 + 0.3 * (1 - math.exp(-i / 8)), "grpo/ratio": 1 + 1e-5 * i, "train/grad_norm": 0.3,
                "policy/ratio_deviation": 1e-4 * math.sin(i), "credit/zero_spread_fraction": 0.1, "grpo/kl_reference": float("nan")}
         if i % 5 == 4:
             row |= evaluate(f"iteration-{i + 1:06d}", 0.4 + 0.02 * i).metrics()
         metrics.log(i, row)
-        times.log(i, {"time/sample": 1.0, "time/update": 2.0})
+        times.log(i, {"time/sample": 1.0, "time/update": 2.0, "reward/captions/seconds": 0.5 + 0.01 * i, "judge/captions/calls": 9.0,
+                      "judge/captions/latency_p50": 0.1, "judge/captions/latency_p95": 0.3 + 0.01 * i})
     if finished:
         write_comparison(folder / "evaluation.json", before, evaluate("after", 0.7))
     return folder
@@ -121,6 +123,17 @@ def test_numbers_that_do_not_move_share_a_table_instead_of_flat_charts(tmp_path:
     assert "<h3>policy/ratio_deviation</h3>" in text
     assert "<h3>credit/zero_spread_fraction</h3>" not in text
     assert "<tr><td>credit/zero_spread_fraction</td><td>0.1</td>" in text
+
+
+def test_the_time_of_every_reward_and_the_latency_of_servers_are_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    page = _Page(write_report(run).read_text(encoding="utf-8"))
+    for title in ("seconds per iteration", "seconds per call of a reward", "latency of single requests", "valid samples"):
+        assert title in page.texts
+    assert {"captions p50", "captions p95"} <= set(page.texts)
+    assert "other" not in page.texts  # never failed
+    (run / "timings.jsonl").write_text('{"iteration": 0, "time/sample": 1.0}\n{"iteration": 1, "time/sample": 2.0}\n', encoding="utf-8")
+    assert "latency of single requests" not in write_report(run).read_text(encoding="utf-8")
 
 
 def test_further_evaluations_stand_beside_as_references(tmp_path: Path) -> None:

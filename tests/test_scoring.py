@@ -1,5 +1,7 @@
 """Admission and dispatch: what reaches a reward, and what happens to what it returns."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from visalign.plugins import load_reward
 from visalign.protocols import RewardSpec
 from visalign.rewards.function import FunctionReward
 from visalign.rewards.jpeg import JpegCompressibility
-from visalign.scoring import check_inputs, check_prompts, score, telemetry
+from visalign.scoring import admit_latents, check_inputs, check_prompts, latent_media, score, spaces, telemetry
 from visalign.types import Media, Prompt, Scores
 
 IMAGE = Media("image", torch.zeros(3, 4, 4, dtype=torch.uint8))
@@ -107,6 +109,79 @@ def test_missing_metadata_names_reward_row_key_and_fix():
     with pytest.raises(ValueError, match="prompt 0: the text is empty"):
         check_prompts(spec, [Prompt(" ", metadata={"target_text": "SALE"})])
     check_prompts(spec, prompts[:1])
+
+
+class Source:
+    convention = "tiny vae"
+    asked = 0
+
+    def embed(self, prompts):
+        self.asked += 1
+        return torch.tensor([[float(len(prompt.text))] for prompt in prompts], dtype=torch.float64)
+
+
+def reads_latents(name="raw", convention="", requires=()):
+    reward = FunctionReward(lambda media, prompts: [float(one.data.sum()) for one in media], name=name, modality=["latent"])
+    reward.spec = replace(reward.spec, convention=convention, requires=frozenset(requires))
+    return reward
+
+
+def test_each_reward_gets_the_samples_in_its_own_space():
+    prompts, rewards = [Prompt("a"), Prompt("bb")], {"size": JpegCompressibility(), "raw": reads_latents()}
+    latents = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]], dtype=torch.float64)
+    kept = latent_media(latents, prompts, Source(), rewards.values())
+    seconds = {}
+    scores = score(rewards, [IMAGE] * 2, prompts, [0, 1], kept, seconds)
+    assert list(scores) == ["size", "raw"]
+    assert scores["raw"].raw.tolist() == [3.0, 7.0]
+    assert list(seconds) == ["size", "raw"]
+    assert all(value > 0 for value in seconds.values())
+    assert spaces(rewards.values()) == {"media", "latent"}
+    assert score({"raw": rewards["raw"]}, [], prompts, [0, 1], kept)["raw"].raw.tolist() == [3.0, 7.0]
+
+
+def test_prompts_are_embedded_only_for_rewards_that_ask():
+    source, prompts, latents = Source(), [Prompt("a"), Prompt("bb")], torch.zeros(2, 1, 2)
+    plain = latent_media(latents, prompts, source, [reads_latents()])
+    assert (source.asked, plain[0].prompt_embeds, plain[0].convention) == (0, None, "tiny vae")
+    embedded = latent_media(latents, prompts, source, [reads_latents(), reads_latents(requires=["prompt_embeds"])])
+    assert [one.prompt_embeds.tolist() for one in embedded] == [[1.0], [2.0]]
+    assert embedded[0].prompt_embeds.dtype == torch.float32
+    check_prompts(reads_latents(requires=["prompt_embeds"]).spec, prompts)
+
+
+@pytest.mark.parametrize(("sample", "message"), [
+    (Media("latent", torch.tensor([1.0, float("inf")]), convention="tiny vae"), "expected float32 without infinity or NaN"),
+    (Media("latent", torch.zeros(2, dtype=torch.float16), convention="tiny vae"), r"got a latent float16 \(2,\)"),
+    (Media("latent", torch.zeros(2), convention="other"), "it reads latents 'tiny vae', not 'other'"),
+    (Media("latent", torch.zeros(2), convention="tiny vae"), "finite prompt_embeds"),
+    (Media("latent", torch.zeros(2), convention="tiny vae", prompt_embeds=torch.tensor([float("nan")])), "finite prompt_embeds"),
+    (IMAGE, "it reads latent, not image"),
+])
+def test_latents_that_mean_something_else_are_refused(sample, message):
+    with pytest.raises(ValueError, match=message):
+        check_inputs(reads_latents(convention="tiny vae", requires=["prompt_embeds"]).spec, [sample], [Prompt("a")])
+
+
+def test_files_of_media_hold_no_latents():
+    with pytest.raises(ValueError, match=r"'raw' reads latents, which only a run has"):
+        score({"raw": reads_latents()}, [IMAGE], [Prompt("a")], [0])
+
+
+def test_a_reward_of_other_latents_is_refused_before_anything_is_generated():
+    admit_latents({"raw": reads_latents(), "own": reads_latents(convention="tiny vae"), "size": JpegCompressibility()}, Source())
+    admit_latents({"size": JpegCompressibility()}, None)
+    with pytest.raises(ValueError, match="'old' reads latents 'sd15', this run's are 'tiny vae'"):
+        admit_latents({"old": reads_latents(convention="sd15")}, Source())
+    with pytest.raises(ValueError, match="'raw' reads latents, and this policy does not say"):
+        admit_latents({"raw": reads_latents()}, None)
+
+
+def test_a_reward_reads_latents_or_decoded_media():
+    assert ANY.space == "media"
+    assert reads_latents().spec.space == "latent"
+    with pytest.raises(ValueError, match="reads image, latent; a reward reads latents or decoded media, not both"):
+        RewardSpec(name="both", modality=frozenset({"image", "latent"}))
 
 
 def test_telemetry_is_that_of_the_rewards_that_tell():

@@ -50,7 +50,7 @@ class Assessment:
         prompts = parts.eval_prompts[:settings.num_prompts]
         found = evaluate(parts.eval_policy, parts.sampler, parts.eval_rewards, prompts, seed=settings.seed, batch=settings.batch,
                          processes=self.processes, folder=self.folder.samples(label), autocast=autocast, progress=progress,
-                         bandwidth=self.watch.bandwidth)
+                         bandwidth=self.watch.bandwidth, latents=parts.latents)
         drift = self._drift(prompts, autocast)
         assessed = Assessed()
         if found is not None:

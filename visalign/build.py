@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,11 +18,12 @@ from visalign.data import load_prompts
 from visalign.distributed import Processes
 from visalign.maths.seeds import derive_seed
 from visalign.parts import Parts
-from visalign.plugins import load_reward
 from visalign.preferences import PreferenceDataset, cached_latents, load_preferences
-from visalign.protocols import RecordedScores, Reward, Sampler, SetReward
+from visalign.protocols import RecordedScores, Reward, Sampler
+from visalign.reward_entries import load, unique_names
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.identity import pipeline_identity
+from visalign.samplers.latent_source import PipelineLatents
 from visalign.samplers.mixed import MixedSampler
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.replay import SCORE, ReplaySampler
@@ -64,7 +64,7 @@ def build(config: Config, processes: Processes) -> Parts:
     train_policy = policy.with_call(**config.model.train_call) if config.model.train_call else policy
     return Parts(policy=policy, train_policy=train_policy, eval_policy=eval_policy, sampler=sampler, algorithm=algorithm,
                  terms=terms, combiner=combiner, guards=guards, stopping=stopping, prompts=prompts,
-                 eval_prompts=eval_prompts, save_adapter=policy.save_adapter)
+                 eval_prompts=eval_prompts, save_adapter=policy.save_adapter, latents=PipelineLatents(policy))
 
 
 def read_preferences(config: Config) -> PreferenceDataset | None:
@@ -130,31 +130,6 @@ def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward], 
     if config.data.offline is not None:
         terms = [RewardTerm(name=SCORE, reward=RecordedScores())]
     return terms, guards, frozenset(name for name, (entry, _) in loaded.items() if isinstance(entry, GuardConfig) and entry.stops)
-
-
-def load(entry: RewardConfig | GuardConfig) -> Reward | SetReward:
-    """The reward an entry names.
-
-    Raises:
-        ValueError: it is a pairwise judge, which needs a schedule to become scores.
-    """
-    found = load_reward(entry.name, **resolve_path(dict(entry.params)))
-    if isinstance(found, SetReward) and isinstance(entry, GuardConfig):
-        raise ValueError(f"'{entry.name}' judges a set of samples as a whole and cannot be watched as a guard; list it under rewards")
-    if not isinstance(found, Reward | SetReward):
-        raise ValueError(f"'{entry.name}' compares pairs and gives no score per sample; wrap it: "
-                         f"{{name: win_rate, params: {{judge: {{reward: {entry.name}, ...}}}}}}")
-    return found
-
-
-def unique_names(entries: Sequence[RewardConfig | GuardConfig]) -> Mapping[str, RewardConfig | GuardConfig]:
-    """Entries by the name they are logged under: what follows the last ``:`` of a path; repeated ones are numbered."""
-    named: dict[str, RewardConfig | GuardConfig] = {}
-    for entry in entries:
-        base = entry.name.rpartition(":")[2]
-        name = next(n for n in chain([base], (f"{base}_{k}" for k in range(2, len(entries) + 2))) if n not in named)
-        named[name] = entry
-    return named
 
 
 def build_users(settings: UsersConfig, prompts: Sequence[Prompt]) -> UserTable:

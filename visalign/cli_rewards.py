@@ -70,6 +70,34 @@ def evaluate(
                 by=list(by or []), seeds=seeds, dtype=dtype, device=device, out=out)
 
 
+@app.command("serve-reward", epilog="Examples:\n\n"
+             "  visalign serve-reward -r '{name: clip, params: {model: ViT-L-14, pretrained: openai}}'\n\n"
+             "  visalign serve-reward server.yaml --host 0.0.0.0 --token-env REWARD_TOKEN\n\n"
+             "  visalign serve-reward -r visalign.rewards.scorers.hpsv3:HPSv3      in an environment of its own, see docs/scorers.md\n\n"
+             "A run asks it with:  {name: remote, params: {urls: 'http://HOST:8765', scorer: clip}}")
+def serve_reward(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", show_default=False, help=
+        "A YAML file with rewards: as in a run, and server: with the options below.")] = None,
+    reward: Annotated[list[str] | None, typer.Option("--reward", "-r", help="A name, a path, or {name: ..., params: {...}}.")] = None,
+    host: Annotated[str | None, typer.Option("--host", help="Default 127.0.0.1, this machine alone.")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="Default 8765; 0 takes a free one.")] = None,
+    token_env: Annotated[str | None, typer.Option("--token-env", metavar="NAME", help=
+        "Environment variable with the token that requests must bring.")] = None,
+    max_batch: Annotated[int | None, typer.Option("--max-batch", help="Samples of one call of a reward; default 32.")] = None,
+    max_samples: Annotated[int | None, typer.Option("--max-samples", help="Samples of one request; default 256.")] = None,
+    max_mb: Annotated[float | None, typer.Option("--max-mb", help="Mebibytes of one request; default 256.")] = None,
+    max_wait_ms: Annotated[float | None, typer.Option("--max-wait-ms", help="How long a call waits for more samples; default 5.")] = None,
+    max_waiting: Annotated[int | None, typer.Option("--max-waiting", help="Samples that may wait; default 1024.")] = None,
+    queue_timeout: Annotated[float | None, typer.Option("--queue-timeout", help="Seconds a sample may wait; default 60.")] = None,
+) -> None:
+    """Serve any rewards over HTTP, for runs on other machines or in other environments."""
+    from visalign.commands import serve as command
+
+    options = {"host": host, "port": port, "token_env": token_env, "max_batch": max_batch, "max_samples": max_samples, "max_mb": max_mb,
+               "max_wait_ms": max_wait_ms, "max_waiting": max_waiting, "queue_timeout": queue_timeout}
+    command.run(config, list(reward or []), {name: value for name, value in options.items() if value is not None})
+
+
 @app.command(epilog="Examples:\n\n"
              "  visalign pairs playground:pipeline --prompts playground:train -r captions --out pairs num_inference_steps=8\n\n"
              "  visalign pairs runs/first --prompts prompts.jsonl -r clip --rule all --margin 0.1 --per-prompt 4 --out pairs\n\n"

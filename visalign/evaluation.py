@@ -22,8 +22,8 @@ from visalign.distributed import Processes
 from visalign.guards.observe import observe
 from visalign.maths.seeds import derive_seed
 from visalign.media import save_samples
-from visalign.protocols import Policy, Reward, Sampler
-from visalign.scoring import score
+from visalign.protocols import LatentSource, Policy, Reward, Sampler
+from visalign.scoring import latent_media, score, spaces
 from visalign.types import Media, Prompt, Scores
 
 BANDWIDTH = "bandwidth"
@@ -72,7 +72,8 @@ class Evaluation:
 
 def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, seed: int, batch: int,
              processes: Processes, folder: Path | None = None, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-             progress: Callable[[int, int], None] = lambda done, total: None, bandwidth: float | None = None) -> Evaluation | None:
+             progress: Callable[[int, int], None] = lambda done, total: None, bandwidth: float | None = None,
+             latents: LatentSource | None = None) -> Evaluation | None:
     """One sample per prompt, scored by every reward that judges samples one by one or as a set (groups have no meaning here).
 
     Args:
@@ -82,25 +83,30 @@ def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], pr
         autocast: precision of the denoiser, as in training.
         progress: called with (samples made, samples in all).
         bandwidth: ruler of the diversity, from the evaluation this one is to be compared with; ``None`` makes one of these samples.
+        latents: for rewards of latents; without it they are not asked.
     Returns:
         On the main process the evaluation, on the others ``None``: media are made on all of them and scored together on one.
     """
     seeds = [derive_seed(seed, k) for k in range(len(prompts))]
     mine = range(processes.rank, len(prompts), processes.world)
+    judges = {name: reward for name, reward in rewards.items() if reward.spec.arity in ("pointwise", "set")
+              and (latents is not None or reward.spec.space == "media")}
     made: list[tuple[int, Media]] = []
+    before_decoding: list[tuple[int, Media]] = []
     for start in range(0, len(mine), batch):
         rows = mine[start:start + batch]
         with autocast():
-            latents = sampler.generate(policy, [prompts[k] for k in rows], [seeds[k] for k in rows])
+            clean = sampler.generate(policy, [prompts[k] for k in rows], [seeds[k] for k in rows])
         with torch.no_grad():
-            made += zip(rows, policy.decode(latents, [prompts[k] for k in rows]), strict=True)
+            if latents is not None and "latent" in spaces(judges.values()):
+                before_decoding += zip(rows, latent_media(clean, [prompts[k] for k in rows], latents, judges.values()), strict=True)
+            made += zip(rows, policy.decode(clean, [prompts[k] for k in rows]), strict=True)
         progress(min(len(prompts), len(made) * processes.world), len(prompts))
-    gathered = dict(pair for part in processes.gather_objects(made) for pair in part)
+    media, kept = ([one for _, one in sorted((pair for part in processes.gather_objects(own) for pair in part), key=lambda pair: pair[0])]
+                   for own in (made, before_decoding))
     if not processes.is_main:
         return None
-    media = [gathered[k] for k in range(len(prompts))]
-    judges = {name: reward for name, reward in rewards.items() if reward.spec.arity in ("pointwise", "set")}
-    scores = score(judges, media, prompts, list(range(len(prompts))))
+    scores = score(judges, media, prompts, list(range(len(prompts))), kept)
     if folder is not None:
         save_samples(folder, media, prompts, seeds, {name: one.value for name, one in scores.items()})
     seen = observe(media)

@@ -91,6 +91,7 @@ class Loop:
         scoring.admit(trained, parts.prompts)
         check_prompts(parts.terms, parts.combiner, parts.prompts)
         scoring.admit({**trained, **parts.guards}, parts.eval_prompts)
+        scoring.admit_latents({**trained, **parts.guards}, parts.latents)
         trainable = parts.policy.named_trainable()
         self.state = State(iteration=0, optimization=Optimization(trainable, config.train, processes.device),
                            ema=None if config.ema is None else EMA(trainable, config.ema.decay),
@@ -109,7 +110,6 @@ class Loop:
             trajectory = self.collect()
         with self.phase("score"):
             scores, seen = self.score(trajectory)
-        self.timings |= scoring.telemetry(asked(self.parts.terms))
         experience, credit = self.credit(trajectory, scores)
         with self.phase("update"):
             metrics = {**credit.metrics, **seen, **self.update(experience)}
@@ -153,14 +153,21 @@ class Loop:
         """Scores of this process's samples by reward name, each (N_local,), and what all samples look like; a data set has its scores."""
         if trajectory.scores:
             return dict(trajectory.scores), {}
+        rewards, prompts = asked(self.parts.terms), [trajectory.prompts[g] for g in trajectory.group_id.tolist()]
+        needed = scoring.spaces(rewards.values())
         media: list[Media] = []
-        prompts = [trajectory.prompts[g] for g in trajectory.group_id.tolist()]
+        latents: list[Media] = []
         with torch.no_grad():
-            for part in trajectory.x_final.split(self.geometry.microbatch):
+            if "latent" in needed and self.parts.latents is not None:
+                latents = scoring.latent_media(trajectory.x_final, prompts, self.parts.latents, rewards.values())
+            for part in trajectory.x_final.split(self.geometry.microbatch) if "media" in needed else ():
                 media += self.parts.policy.decode(part.to(self.processes.device), prompts[len(media):len(media) + len(part)])
                 self.callback.on_phase("score", len(media), trajectory.num_samples)
-        seen = self.assessment.watch.of_samples(media, trajectory.group_id)
-        return scoring.score(asked(self.parts.terms), media, prompts, trajectory.group_id.tolist()), seen
+        seen = self.assessment.watch.of_samples(media, trajectory.group_id) if media else {}
+        seconds: dict[str, float] = {}
+        scores = scoring.score(rewards, media, prompts, trajectory.group_id.tolist(), latents, seconds)
+        self.timings |= {f"reward/{name}/seconds": value for name, value in seconds.items()} | scoring.telemetry(rewards)
+        return scores, seen
 
     def credit(self, trajectory: Trajectory, scores: Mapping[str, Scores]) -> tuple[Experience, Credit]:
         """Advantages from the statistics of all processes' samples; this process keeps its own rows."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from visalign.composition.fixed import Weighted
 from visalign.composition.table import Combiner
 from visalign.credit import RewardTerm
-from visalign.protocols import Algorithm, Policy, Reward, Sampler
+from visalign.protocols import Algorithm, LatentSource, Policy, Reward, Sampler
 from visalign.types import Prompt
 
 
@@ -22,6 +22,7 @@ class Parts:
         sampler: makes trajectories and evaluation samples.
         terms: the rewards trained on, ``combiner`` what makes one of them; ``guards`` are watched in evaluations only, and those named in
             ``stopping`` may end the run.
+        latents: tells rewards of latents what the policy's latents are; ``None`` where the policy cannot.
         save_adapter: writes the trained weights into a folder, where the pipeline's own library loads them.
     """
 
@@ -37,6 +38,7 @@ class Parts:
     save_adapter: Callable[[Path], None]
     combiner: Combiner = field(default_factory=Weighted)
     stopping: frozenset[str] = frozenset()
+    latents: LatentSource | None = None
 
     @property
     def eval_rewards(self) -> dict[str, Reward]:

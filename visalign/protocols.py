@@ -121,19 +121,21 @@ class RewardSpec:
     Attributes:
         name: the key under which scores are logged.
         arity: pointwise f(x, c); pairwise p(x1 > x2 | c); groupwise f(group, c); set-level D(set, reference).
-        modality: kinds of media it reads.
+        modality: kinds of media it reads; latents alone, if any.
         direction: +1 when a larger raw score is better, -1 when a smaller one is.
-        requires: keys it needs in ``Prompt.metadata``; "prompt" means it reads ``Prompt.text``.
+        requires: keys it needs in ``Prompt.metadata``; "prompt" means it reads ``Prompt.text``, "prompt_embeds" that of latents.
         differentiable: offers ``score_tensor`` with gradients to the media.
         raw_range: documented range of raw scores, infinite where unbounded.
         model_ids: weights it loads, as given by the user (path or hub id).
         licence: of those weights or of the method, SPDX where there is one.
+        convention: the only latents it can read (``Media.convention``); empty for any, and for rewards of decoded media.
+    Raises:
+        ValueError: it would read latents and decoded media.
     """
 
     name: str
     arity: Arity = "pointwise"
     modality: frozenset[MediaKind] = frozenset({"image"})
-    space: Literal["media", "latent"] = "media"
     direction: Literal[1, -1] = 1
     requires: frozenset[str] = frozenset()
     differentiable: bool = False
@@ -142,6 +144,17 @@ class RewardSpec:
     model_ids: tuple[str, ...] = ()
     licence: str = ""
     version: str = "1"
+    convention: str = ""
+
+    def __post_init__(self) -> None:
+        if "latent" in self.modality and len(self.modality) > 1:
+            raise ValueError(f"reward '{self.name}' reads {', '.join(sorted(self.modality))}; a reward reads latents or decoded media, not "
+                             "both: declare two rewards")
+
+    @property
+    def space(self) -> Literal["media", "latent"]:
+        """Where its samples live: "latent" ones are scored before they are decoded."""
+        return "latent" if "latent" in self.modality else "media"
 
 
 @runtime_checkable
@@ -230,6 +243,17 @@ class Remembers(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what ``state_dict`` gave."""
+
+
+class LatentSource(Protocol):
+    """What rewards of latents have to know about a policy's latents."""
+
+    @property
+    def convention(self) -> str:
+        """One name for everything that gives the numbers of a clean latent their meaning: autoencoder, scale, shift, layout, shape."""
+
+    def embed(self, prompts: Sequence[Prompt]) -> Tensor:
+        """The prompts as the denoiser reads them, float32 (n, D)."""
 
 
 class Sampler(Protocol):

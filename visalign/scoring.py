@@ -1,16 +1,20 @@
-"""Admission checks and the one place where rewards are called: whole groups in, one ``Scores`` per reward out."""
+"""Admission checks and the one place where rewards are called: whole groups in, one ``Scores`` per reward out.
+
+Rewards of decoded media and of latents are asked alike; each gets the samples in its own space.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
-from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec, SetReward
+from visalign.protocols import LatentSource, PairwiseReward, Reports, Reward, RewardSpec, SetReward
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 logger = logging.getLogger(__name__)
@@ -23,34 +27,56 @@ _SHAPES: Mapping[MediaKind, tuple[torch.dtype, int, str]] = {
 }
 
 
-def score(rewards: Mapping[str, Reward | SetReward], media: Sequence[Media], prompts: Sequence[Prompt],
-          group_id: Sequence[int]) -> dict[str, Scores]:
+def score(rewards: Mapping[str, Reward | SetReward], media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int],
+          latents: Sequence[Media] = (), seconds: MutableMapping[str, float] | None = None) -> dict[str, Scores]:
     """Ask every reward about all samples, in the order given.
 
     Args:
         rewards: by the name under which their scores are reported.
         media, prompts, group_id: one entry per sample; samples of one group are consecutive or not, but all here.
+        latents: the same samples before decoding, for the rewards that read those; ``media`` may be empty if all do.
+        seconds: gets the wall-clock time of each reward's call, by name.
     Raises:
         ValueError: an input a reward does not admit, a group with two prompts, or an answer that is not one score per sample.
         Exception: whatever a reward raises, with its name in a note; failures a reward expects come back as invalid samples.
     """
-    _check_groups(media, prompts, group_id)
+    _check_groups(media or latents, prompts, group_id)
     for name, reward in rewards.items():
         if not isinstance(reward, Reward | SetReward):
             raise ValueError(f"'{name}' is a {type(reward).__name__} without score(); a pairwise judge becomes a reward through "
                              "win_rate: {name: win_rate, params: {judge: {reward: ...}}}")
-        check_inputs(reward.spec, media, prompts, name)
+        check_inputs(reward.spec, _read_by(reward, media, latents), prompts, name)
     scores = {}
     for name, reward in rewards.items():
         started = time.perf_counter()
-        with _naming(name, len(media)):
-            answer = reward.score(media, prompts, group_id) if isinstance(reward, Reward) else _features(reward, media, prompts)
-        if not isinstance(answer, Scores) or len(answer.valid) != len(media):
+        samples = _read_by(reward, media, latents)
+        with _naming(name, len(samples)):
+            answer = reward.score(samples, prompts, group_id) if isinstance(reward, Reward) else _features(reward, samples, prompts)
+        if not isinstance(answer, Scores) or len(answer.valid) != len(samples):
             got = f"{len(answer.valid)} scores" if isinstance(answer, Scores) else type(answer).__name__
-            raise ValueError(f"reward '{name}' returned {got} for {len(media)} samples; expected Scores with one entry each")
-        logger.debug("reward %s scored %d samples in %.2f s", name, len(media), time.perf_counter() - started)
+            raise ValueError(f"reward '{name}' returned {got} for {len(samples)} samples; expected Scores with one entry each")
+        if seconds is not None:
+            seconds[name] = time.perf_counter() - started
         scores[name] = answer
     return scores
+
+
+def spaces(rewards: Iterable[Reward | SetReward]) -> frozenset[str]:
+    """The spaces in which these rewards read samples, "media" or "latent": what need not be decoded and what need not be kept."""
+    return frozenset(reward.spec.space for reward in rewards)
+
+
+def latent_media(latents: Tensor, prompts: Sequence[Prompt], source: LatentSource, rewards: Iterable[Reward | SetReward]) -> list[Media]:
+    """Clean latents (n, ...) as samples of rewards that read latents, on the CPU; prompts are embedded if one of them reads that."""
+    rows: Sequence[Tensor | None] = [None] * len(prompts)
+    if any("prompt_embeds" in reward.spec.requires for reward in rewards):
+        rows = list(source.embed(prompts).detach().cpu().float())
+    return [Media("latent", latent, convention=source.convention, prompt_embeds=row)
+            for latent, row in zip(latents.detach().cpu().float(), rows, strict=True)]
+
+
+def _read_by(reward: Reward | SetReward, media: Sequence[Media], latents: Sequence[Media]) -> Sequence[Media]:
+    return latents if reward.spec.space == "latent" else media
 
 
 def _features(reward: SetReward, media: Sequence[Media], prompts: Sequence[Prompt]) -> Scores:
@@ -91,12 +117,33 @@ def admit(rewards: Mapping[str, Reward | SetReward | PairwiseReward], prompts: S
             reward.check_prompts(prompts)
 
 
+def admit_latents(rewards: Mapping[str, Reward | SetReward], source: LatentSource | None) -> None:
+    """Refuse rewards of latents that would read other latents than they were made for, before anything is generated.
+
+    Raises:
+        ValueError: names the reward, and the latents there are and those it reads.
+    """
+    for name, reward in rewards.items():
+        if reward.spec.space != "latent":
+            continue
+        if source is None:
+            raise ValueError(f"reward '{name}' reads latents, and this policy does not say what its latents mean; use a reward of decoded "
+                             "media")
+        if reward.spec.convention not in ("", source.convention):
+            raise ValueError(f"reward '{name}' reads latents '{reward.spec.convention}', this run's are '{source.convention}': another "
+                             "autoencoder, scale, shift, layout or size. Use a reward made for these latents, or the pipeline and size it "
+                             "was made for")
+
+
 def check_inputs(spec: RewardSpec, media: Sequence[Media], prompts: Sequence[Prompt], name: str | None = None) -> None:
     """Refuse what a reward cannot read: a wrong kind, dtype, shape or range, or metadata it needs and a prompt lacks.
 
     Raises:
         ValueError: names the reward, the row, what is wrong and what would be right.
     """
+    if spec.space == "latent" and not media and prompts:
+        raise ValueError(f"reward '{name or spec.name}' reads latents, which only a run has while it samples: files of media hold none. "
+                         "Train with it, or watch it as a guard")
     if len(media) != len(prompts):
         raise ValueError(f"reward '{name or spec.name}': {len(media)} media for {len(prompts)} prompts; pass one per sample")
     check_prompts(spec, prompts, name)
@@ -109,7 +156,7 @@ def check_inputs(spec: RewardSpec, media: Sequence[Media], prompts: Sequence[Pro
 def check_prompts(spec: RewardSpec, prompts: Sequence[Prompt], name: str | None = None) -> None:
     """The part of ``check_inputs`` that needs no sample."""
     for row, prompt in enumerate(prompts):
-        missing = sorted(key for key in spec.requires - {"prompt"} if key not in prompt.metadata)
+        missing = sorted(key for key in spec.requires - {"prompt", "prompt_embeds"} if key not in prompt.metadata)
         if missing:
             raise ValueError(f"reward '{name or spec.name}', prompt {row} ({prompt.text[:60]!r}): metadata lacks "
                              f"{', '.join(map(repr, missing))} (it has: {', '.join(sorted(prompt.metadata)) or 'none'}); "
@@ -121,6 +168,8 @@ def check_prompts(spec: RewardSpec, prompts: Sequence[Prompt], name: str | None 
 def _media_problem(spec: RewardSpec, sample: Media) -> str | None:
     if sample.kind not in spec.modality:
         return f"it reads {' and '.join(sorted(spec.modality))}, not {sample.kind}; use another reward for this model"
+    if sample.kind == "latent":
+        return _latent_problem(spec, sample)
     dtype, dims, expected = _SHAPES[sample.kind]
     data = sample.data
     got = f"got {str(data.dtype).removeprefix('torch.')} {tuple(data.shape)}, expected {expected}"
@@ -137,6 +186,17 @@ def _media_problem(spec: RewardSpec, sample: Media) -> str | None:
         return f"{sample.kind} without a rate; set Media.rate to its {unit} per second"
     if sample.kind == "mesh" and sample.faces is None:
         return "a mesh without faces; set Media.faces to int64 (F, 3)"
+    return None
+
+
+def _latent_problem(spec: RewardSpec, sample: Media) -> str | None:
+    data, embeds = sample.data, sample.prompt_embeds
+    if data.dtype != torch.float32 or data.dim() < 1 or not bool(torch.isfinite(data).all()):
+        return f"got a latent {str(data.dtype).removeprefix('torch.')} {tuple(data.shape)}, expected float32 without infinity or NaN"
+    if spec.convention not in ("", sample.convention):
+        return f"it reads latents '{spec.convention}', not '{sample.convention}'; use a reward made for this pipeline's latents"
+    if "prompt_embeds" in spec.requires and (embeds is None or embeds.dim() != 1 or not bool(torch.isfinite(embeds).all())):
+        return f"it reads the prompt's embedding; expected finite prompt_embeds (D,), got {None if embeds is None else tuple(embeds.shape)}"
     return None
 
 

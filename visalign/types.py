@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Role = Literal["policy", "reference", "old", "ema", "negative"]
-MediaKind = Literal["image", "video", "audio", "mesh"]
+MediaKind = Literal["image", "video", "audio", "mesh", "latent"]
 PredictionKind = Literal["epsilon", "sample", "v_prediction", "flow", "edm"]  # what a network's output estimates, see maths.process
 
 
@@ -42,15 +42,19 @@ class Media:
     Attributes:
         kind: what ``data`` is.
         data: image: uint8 (3, H, W) RGB; video: uint8 (frames, 3, H, W) RGB; audio: float32 (channels, samples) in [-1, 1];
-            mesh: float32 (V, 3) vertices, with ``faces``.
+            mesh: float32 (V, 3) vertices, with ``faces``; latent: the clean latent before it is decoded, float32, finite.
         rate: frames per second (video) or samples per second (audio); ``None`` for the others.
         faces: int64 (F, 3), mesh only.
+        convention: latent only: which autoencoder, scale, shift and layout its numbers mean (``LatentSource.convention``).
+        prompt_embeds: latent only: the sample's prompt as its own model reads it, float32 (D,); ``None`` where nobody asked.
     """
 
     kind: MediaKind
     data: Tensor
     rate: float | None = None
     faces: Tensor | None = None
+    convention: str = ""
+    prompt_embeds: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,6 @@ def read_completion(body: bytes) -> Answer | None:
         return None
 
 
-def server_message(body: bytes) -> str:
-    """What an error's body says, in one line of at most 300 characters."""
-    try:
-        error = json.loads(body)
-        error = error.get("error", error)
-        text = str(error.get("message") or error.get("detail") or error) if isinstance(error, dict) else str(error)
-    except (ValueError, AttributeError):
-        text = body.decode("utf-8", errors="replace")
-    return " ".join(text.split())[:300]
-
-
 def is_content_filter(body: bytes) -> bool:
     """Whether an error says that the content was declined (some servers answer a refusal with status 400)."""
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ import torch
 
 from visalign.rewards.judges.parsers import is_refusal
 from visalign.rewards.judges.question import Answer, Backend, Question, Reply, Verdict
+from visalign.rewards.servers.calls import account
 from visalign.types import Scores
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,6 @@ def _account(readings: Sequence[Reading], replies: Sequence[Reply]) -> dict[str,
     """Share of questions with a verdict, of each reason, and the time of those that were not in the cache."""
     if not readings:
         return {}
-    asked = [reply.seconds for reply in replies if reply.attempts]
-    reasons = Counter(reading for reading in readings if isinstance(reading, str))
-    told = {"questions": float(len(readings)), "cached": float(sum(reply.attempts == 0 and reply.answer is not None for reply in replies)),
-            "calls": float(sum(reply.attempts for reply in replies)), "valid_rate": 1 - sum(reasons.values()) / len(readings)}
-    told |= {f"failed/{reason.replace(' ', '_')}": count / len(readings) for reason, count in sorted(reasons.items())}
-    if asked:
-        p50, p95 = torch.tensor(asked, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-        told |= {"latency_p50": p50, "latency_p95": p95}
-    return told
+    cached = sum(reply.attempts == 0 and reply.answer is not None for reply in replies)
+    return {"questions": float(len(readings)),
+            **account([reading if isinstance(reading, str) else None for reading in readings], replies, cached)}

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from visalign.rewards.servers.calls import Outcome
+
 
 @dataclass(frozen=True)
 class Question:
@@ -55,21 +57,7 @@ class Answer:
     refused: bool = False
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What became of a question: an ``answer``, or the ``reason`` there is none ("timeout", "connection", "http 500", "garbage").
-
-    Attributes:
-        attempts: calls made; 0 for an answer out of the cache.
-        seconds: from the first call to the end of the last.
-        message: what a server said beside a failure.
-    """
-
-    answer: Answer | None = None
-    reason: str | None = None
-    attempts: int = 0
-    seconds: float = 0.0
-    message: str = ""
+Reply = Outcome[Answer]  # what became of a question; no attempts for an answer out of the cache
 
 
 @dataclass(frozen=True)

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import random
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from visalign.rewards.judges.cache import AnswerCache, key_of
-from visalign.rewards.judges.completion import is_content_filter, read_completion, server_message
+from visalign.rewards.judges.completion import is_content_filter, read_completion
 from visalign.rewards.judges.question import Answer, Question, Reply
-from visalign.rewards.judges.replicas import Replicas
-from visalign.rewards.judges.transport import Response, post
+from visalign.rewards.servers.cache import AnswerCache, key_of
+from visalign.rewards.servers.calls import RETRIED, Calls, bearer, server_message
+from visalign.rewards.servers.transport import Response
 
 logger = logging.getLogger(__name__)
 
-_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 _WRONG_SETUP = {401: "set the key's environment variable and name it in api_key_env", 403: "the key lacks access to this model",
                 404: "compare base_urls (they usually end in /v1) and model with what GET /v1/models lists",
                 405: "base_urls must be the address of an OpenAI-compatible API, usually ending in /v1"}
@@ -55,26 +51,14 @@ class ChatServer:
         urls = [base_urls] if isinstance(base_urls, str) else list(base_urls)
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise ValueError(f"base_urls {urls} must name servers as http://HOST:PORT/v1 or https://HOST/v1")
-        for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
-            if value < least:
-                raise ValueError(f"{name} {value} must be at least {least}")
-        for name, seconds in (("timeout", timeout), ("batch_timeout", batch_timeout), ("pause", pause)):
-            if not seconds > 0:
-                raise ValueError(f"{name} {seconds} must be above 0 seconds")
         reserved = sorted({"model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs", "stream"} & set(extra or {}))
         if reserved:
             raise ValueError(f"extra sets {', '.join(reserved)}, which the judge sets itself; remove it")
-        key = os.environ.get(api_key_env) if api_key_env else None
-        if api_key_env and not key:
-            raise ValueError(f"the environment variable {api_key_env} is empty; export the judge's API key in it")
         self.model = model
-        self.concurrency, self.timeout, self.batch_timeout = concurrency, timeout, batch_timeout
-        self.retries, self.pause = retries, pause
         self.extra = dict(extra or {})
-        self.cache = AnswerCache(cache_dir) if cache_dir is not None else None
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._replicas = Replicas([url.rstrip("/") for url in urls])
-        self._jitter = random.Random()
+        self.cache = AnswerCache(cache_dir, asdict, lambda row: Answer(**row)) if cache_dir is not None else None
+        self.calls = Calls(urls, concurrency=concurrency, timeout=timeout, batch_timeout=batch_timeout, retries=retries, pause=pause,
+                           headers=bearer(api_key_env, "the judge's API key"))
         self._has_answered = False
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
@@ -83,18 +67,7 @@ class ChatServer:
         Raises:
             ValueError: the servers say that the key, address or model is wrong, or turned down everything they were ever asked.
         """
-        deadline = time.monotonic() + self.batch_timeout
-        stop = threading.Event()
-        pool = ThreadPoolExecutor(max_workers=min(self.concurrency, max(1, len(questions))), thread_name_prefix="judge")
-        try:
-            calls = [pool.submit(self._reply, question, deadline, stop) for question in questions]
-            for ended in wait(calls, return_when=FIRST_EXCEPTION).done:
-                ended.result()
-            replies = [call.result() for call in calls]
-        finally:
-            # Where nothing went wrong nobody is left; after an error nobody waits for calls under way, which end by their deadline.
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        replies = self.calls.each(questions, self._reply)
         self._check_turned_down(replies)
         return replies
 
@@ -108,55 +81,12 @@ class ChatServer:
         known = self.cache.get(key) if self.cache else None
         if known is not None:
             return Reply(answer=known)
-        reply = self._call(json.dumps(request).encode("utf-8"), deadline, stop)
+        reply = self.calls.call("/chat/completions", json.dumps(request).encode("utf-8"), self._outcome, deadline, stop)
         if reply.answer is not None:
             self._has_answered = True
             if self.cache:
                 self.cache.put(key, reply.answer)
         return reply
-
-    def _call(self, body: bytes, deadline: float, stop: threading.Event) -> Reply:
-        """Attempts until there is an answer, or no attempt or no time is left."""
-        started: float | None = None
-        attempts, reason, message = 0, "timeout", ""
-        not_before: dict[str, float] = {}
-        while attempts <= self.retries and not stop.is_set():
-            now = time.monotonic()
-            if now >= deadline:
-                break
-            replica, seconds = self._replicas.take(now, not_before)
-            if seconds > 0:
-                if now + seconds >= deadline:
-                    break
-                stop.wait(min(seconds, 1.0))
-                continue
-            started = started or now
-            attempts += 1
-            pause = self.pause * (0.5 + self._jitter.random())
-            response: Response | None = None
-            try:
-                response = post(f"{replica.url}/chat/completions", body, self._headers, min(self.timeout, deadline - now))
-            except TimeoutError as error:
-                reason, message = "timeout", str(error)
-            except ConnectionError as error:
-                reason, message = "connection", str(error)
-            ended = time.monotonic()
-            not_before[replica.url] = ended + pause * 2 ** (attempts - 1)
-            if response is None:
-                self._replicas.failed(replica, ended, pause)
-            elif response.status in (429, 503):
-                self._replicas.failed(replica, ended, pause, response.retry_after())
-            else:
-                self._replicas.worked(replica)
-            if response is not None:
-                outcome = self._outcome(response, replica.url)
-                if isinstance(outcome, Answer):
-                    return Reply(answer=outcome, attempts=attempts, seconds=ended - started)
-                reason, message = outcome, server_message(response.body)
-                if response.status != 200 and response.status not in _RETRIED:
-                    break
-            logger.debug("judge %s: %s (%s)", replica.url, reason, message)
-        return Reply(reason=reason, attempts=attempts, seconds=time.monotonic() - started if started else 0.0, message=message)
 
     def _outcome(self, response: Response, url: str) -> Answer | str:
         """An answer, or the reason there is none."""
@@ -173,7 +103,7 @@ class ChatServer:
         """A request that a server cannot take (an unknown field, too many images) fails alike for every sample."""
         asked = [reply for reply in replies if reply.attempts]
         turned_down = [reply for reply in asked if reply.reason and reply.reason.startswith("http ")
-                       and int(reply.reason.split()[1]) not in _RETRIED]
+                       and int(reply.reason.split()[1]) not in RETRIED]
         for reply in turned_down[:1]:
             logger.warning("judge '%s': %d of %d questions were turned down: %s, %s", self.model, len(turned_down), len(replies),
                            reply.reason, reply.message)

@@ -1,6 +1,7 @@
 """A real HTTP server on loopback that answers chat completions, and misbehaves as it is told: one behaviour per request, in turn.
 
-A behaviour is a string for the judge's words, a function of the request's JSON that returns such a string or a completion, or a name:
+A behaviour is a string for the judge's words, bytes for a body as it is, a function of what ``read`` makes of the request (its JSON) that
+returns such a string, bytes or a completion, or a name:
 HANG, DRIP (headers at once, then a byte now and then), CLOSE, HALF (closes in the middle of the body), GARBAGE (status 200, no JSON),
 HTML (a proxy's error page with status 200), TRUNCATED_JSON, EMPTY, REFUSAL, FILTERED (status 400, content filter), and any status as
 an integer, or (status, seconds for Retry-After).
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HANG, DRIP, CLOSE, HALF, GARBAGE, HTML, TRUNCATED_JSON, EMPTY, REFUSAL, FILTERED = (
@@ -29,17 +31,19 @@ def completion(text, finish="stop", alternatives=None, **message):
 class MisbehavingServer:
     """``with MisbehavingServer([500, "Image 1 is better."]) as server``: ``server.url``; ``server.requests`` holds what came.
 
-    The last behaviour repeats. ``server.peak`` is how many requests were under way at once.
+    The last behaviour repeats. ``server.peak`` is how many requests were under way at once. GET answers ``page``, or behaves like POST
+    if that is a list.
     """
 
-    def __init__(self, behaviours):
-        self.behaviours = list(behaviours)
+    def __init__(self, behaviours, read=json.loads, page=b"", path="/v1"):
+        self.behaviours, self.read, self.page = list(behaviours), read, page
+        self.pages_asked = 0
         self.requests, self.headers = [], []
         self.peak = self.busy = 0
         self.lock, self.over = threading.Lock(), threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        self.url = f"http://127.0.0.1:{self.http.server_port}{path}"
         self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
     def __enter__(self):
@@ -61,8 +65,14 @@ class MisbehavingServer:
         server = self
 
         class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.pages_asked += 1
+                pages = server.page if isinstance(server.page, list) else [server.page]
+                with suppress(OSError):  # the client left
+                    self.behave(pages[min(server.pages_asked, len(pages)) - 1], None)
+
             def do_POST(self):
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                request = server.read(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
                     server.busy += 1
                     server.peak = max(server.peak, server.busy)
@@ -79,6 +89,8 @@ class MisbehavingServer:
                     what = what(request)
                 if what == HANG:
                     server.over.wait(30)
+                elif isinstance(what, bytes):
+                    self.send(200, what)
                 elif what == DRIP:
                     self.start(200, 1000)
                     while not server.over.wait(0.02):

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from visalign.build import load
 from visalign.commands.pipelines import load_pipeline
-from visalign.commands.score import parse_reward
 from visalign.protocols import DifferentiableReward
+from visalign.reward_entries import load, parse_reward
 from visalign.samplers.guidance import GuidanceReward, GuidedPolicy, MediaReward, Tilt
 from visalign.samplers.negative import give_negative, predict_against
 from visalign.samplers.offsets import read_offset

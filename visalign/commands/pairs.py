@@ -12,11 +12,9 @@ from rich.progress import track
 from rich.table import Table
 
 from visalign import scoring
-from visalign.build import load, unique_names
 from visalign.commands import quiet_libraries
 from visalign.commands.models import model_source
 from visalign.commands.pipelines import check_call, load_pipeline
-from visalign.commands.score import parse_reward
 from visalign.config import RewardConfig
 from visalign.credit import RewardTerm, asked
 from visalign.data import load_prompts
@@ -28,7 +26,9 @@ from visalign.preferences.readers import INDEX
 from visalign.preferences.stored import write_latents
 from visalign.protocols import SetReward
 from visalign.resumable import write_lines
+from visalign.reward_entries import load, parse_reward, unique_names
 from visalign.samplers.identity import pipeline_identity
+from visalign.samplers.latent_source import PipelineLatents
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import generate
 from visalign.types import Media, Prompt
@@ -115,7 +115,10 @@ def draw(policy: PipelinePolicy, identity: str, folder: GroupFolder, group: int,
     for part in latents.split(batch):
         media += policy.decode(part, [prompt] * len(part))
     usable = torch.isfinite(latents.flatten(1)).all(dim=1).tolist()
-    scores = scoring.score(asked(terms), media, [prompt] * size, [0] * size)
+    rewards, source = asked(terms), PipelineLatents(policy)
+    scoring.admit_latents(rewards, source)
+    kept = scoring.latent_media(latents, [prompt] * size, source, rewards.values()) if "latent" in scoring.spaces(rewards.values()) else ()
+    scores = scoring.score(rewards, media, [prompt] * size, [0] * size, kept)
     (folder.path / MEDIA).mkdir(exist_ok=True)
     files = [save_media(one, folder.path / MEDIA / f"{group:06d}-{k:02d}") for k, one in enumerate(media)]
     found = scored_group(group, prompt, seeds, [f"{MEDIA}/{file.name}" for file in files], scores, usable)

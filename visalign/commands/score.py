@@ -11,13 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from visalign.bootstrap import bootstrap_mean
-from visalign.build import load, unique_names
 from visalign.commands import quiet_libraries
 from visalign.config import GuardConfig, RewardConfig, load_config
 from visalign.data import load_prompts
 from visalign.media import INDEX, KIND, Sample, load_media, read_index
+from visalign.reward_entries import load, parse_reward, unique_names
 from visalign.scoring import score
-from visalign.settings import ConfigError, parse_yaml, validate
 from visalign.types import Prompt, Scores
 
 
@@ -46,19 +45,6 @@ def run(folder: Path, rewards: list[str], *, config: str | None, source: str | N
     console = Console()
     console.print(table(scores, num_prompts=len(groups)))
     console.print(f"per-sample scores: {path}", highlight=False)
-
-
-def parse_reward(text: str) -> RewardConfig:
-    """A name, or a YAML mapping ``{name: ..., params: {...}}``.
-
-    Raises:
-        ConfigError: the mapping is not a reward.
-    """
-    try:
-        value = parse_yaml(text)
-    except ValueError as error:
-        raise ConfigError([str(error)], f"-r '{text}'") from None
-    return validate(RewardConfig, value if isinstance(value, dict) else {"name": text}, f"-r '{text}'")
 
 
 def refuse_other_scores(path: Path, rewards: Collection[str]) -> None:

@@ -47,7 +47,8 @@ def write_report(run_dir: Path | str) -> Path:
         f"{done} of {config.train.iterations} iterations, {done * config.train.groups * config.train.group_size} samples &middot; "
         f"seed {config.train.seed}</div>",
         alarm_banner(run), _tiles(compared, config), _table(compared, references, config), _pictures(run, config),
-        comparison_sections(run), _reward_curves(rows, config), guard_section(run, rows), _diagnostics(rows), _timings(run), _settings(run),
+        comparison_sections(run), _reward_curves(rows, config), guard_section(run, rows), _diagnostics(rows),
+        _timings(run, rows), _settings(run),
     ]
     path = run / REPORT
     path.write_text(document(run.resolve().name, body), encoding="utf-8")
@@ -143,14 +144,28 @@ def _moves(values: Sequence[float]) -> bool:
     return bool(known) and max(known) - min(known) > 1e-5 * max(map(abs, known))
 
 
-def _timings(run: Path) -> str:
+def _timings(run: Path, metrics: Sequence[Mapping[str, float]]) -> str:
+    """Where the time goes, and how the rewards' calls went."""
     path = run / "timings.jsonl"
     if not path.is_file():
         return ""
     rows = read_metrics(run, path.name)
-    names = sorted({name for row in rows for name in row if name.startswith("time/")})
-    lines = [Line(name.removeprefix("time/"), *series(rows, name)) for name in names[:6]]
-    return grid("Time", "", [chart("seconds per iteration", lines, "Wall clock, by phase.")])
+    return grid("Time", "", [
+        chart("seconds per iteration", _lines(rows, "time/", ""), "Wall clock, by phase."),
+        chart("seconds per call of a reward", _lines(rows, "reward/", "/seconds"), "Wall clock of scoring all samples of an iteration."),
+        chart("latency of single requests",
+               sorted((line for part in ("p50", "p95") for line in _lines(rows, "judge/", f"/latency_{part}", f" {part}")),
+                      key=lambda line: line.name)[:6],
+               "Seconds, of judges and rewards behind servers: half and 95 % of an iteration's requests were faster."),
+        chart("valid samples", [line for line in _lines(metrics, "reward/", "/valid_rate") if min(line.y) < 1],
+               "Share of an iteration's samples that each reward could score; rewards that never failed are left out."),
+    ])
+
+
+def _lines(rows: Sequence[Mapping[str, float]], start: str, end: str, label: str = "") -> list[Line]:
+    """A line for each of the first six numbers whose names start and end so, named by what is between, with a label."""
+    names = sorted({name for row in rows for name in row if name.startswith(start) and name.endswith(end)})
+    return [Line(name.removeprefix(start).removesuffix(end) + label, *series(rows, name)) for name in names[:6]]
 
 
 def _settings(run: Path) -> str:

@@ -1,4 +1,4 @@
-"""One HTTP POST of JSON that is over when its time is: connecting, waiting and a body that drips in all count."""
+"""One HTTP request that is over when its time is: connecting, waiting and a body that drips in all count."""
 
 from __future__ import annotations
 
@@ -39,7 +39,17 @@ class Response:
 
 
 def post(url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> Response:
-    """POST ``body`` and read the answer within ``seconds``, through the environment's proxy if there is one.
+    """POST ``body`` (JSON, unless a header says otherwise) and read the answer; as ``request``."""
+    return request("POST", url, body, {"Content-Type": "application/json", **headers}, seconds)
+
+
+def get(url: str, headers: Mapping[str, str], seconds: float) -> Response:
+    """GET; as ``request``."""
+    return request("GET", url, None, headers, seconds)
+
+
+def request(method: str, url: str, body: bytes | None, headers: Mapping[str, str], seconds: float) -> Response:
+    """Send a request and read the answer within ``seconds``, through the environment's proxy if there is one.
 
     Raises:
         TimeoutError: the time is over.
@@ -55,7 +65,8 @@ def post(url: str, body: bytes, headers: Mapping[str, str], seconds: float) -> R
         watchdog = threading.Timer(max(0.0, ends - time.monotonic()), _end, (connection.sock, expired))
         watchdog.daemon = True
         watchdog.start()
-        connection.request("POST", target, body=body, headers={"Content-Type": "application/json", **headers})
+        with suppress(BrokenPipeError):  # the server answered before it had read everything, and its answer says why
+            connection.request(method, target, body=body, headers=dict(headers))
         answer = connection.getresponse()
         content = answer.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
