@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from visalign.comparison import ask, ask_both_orders
-from visalign.maths.winrate import all_pairs, bradley_terry, d_regular, ring, win_rates
+from visalign.maths.winrate import all_pairs, bradley_terry, cyclic_triads, d_regular, ring, win_rates
 from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec
 from visalign.types import Comparisons, Media, Prompt, Scores
 
@@ -56,9 +56,9 @@ class BradleyTerry:
 class WinRate:
     """Win rate of each sample within its group: the mean over its valid comparisons of the probability that it is the better one.
 
-    Details per sample: ``tie_rate`` (share of its comparisons that end at 0.5), ``comparisons`` (how many were valid) and, with
-    ``swap``, ``swap_inconsistency`` (mean of ``|P(i > j | i first) + P(j > i | j first) - 1|``, 0 for a consistent judge, 1 for one
-    that always prefers the same position).
+    Details per sample: ``tie_rate`` (share of its comparisons that end at 0.5), ``comparisons`` (how many were valid), ``cyclic_triads``
+    (see ``maths.winrate``) and, with ``swap``, ``swap_inconsistency`` (mean of ``|P(i > j | i first) + P(j > i | j first) - 1|``, 0 for
+    a consistent judge, 1 for one that always prefers the same position).
     """
 
     def __init__(self, judge: PairwiseReward, schedule: Literal["all_pairs", "ring"] | int = "all_pairs", swap: bool = True,
@@ -102,7 +102,7 @@ class WinRate:
         prob, valid, reasons, inconsistency = self._judge(asked, media, shared)
 
         raw = torch.full((len(media),), torch.nan)
-        details = {name: torch.full_like(raw, torch.nan) for name in ("tie_rate", "comparisons", "swap_inconsistency")}
+        details = {name: torch.full_like(raw, torch.nan) for name in ("tie_rate", "comparisons", "cyclic_triads", "swap_inconsistency")}
         why: list[str | None] = ["no comparison"] * len(media)
         start = 0
         for group, own in pairs.items():
@@ -111,6 +111,7 @@ class WinRate:
             rates = win_rates(own, prob[part], valid[part], len(rows))
             raw[rows] = rates.value
             details["comparisons"][rows] = rates.num_comparisons.float()
+            details["cyclic_triads"][rows] = cyclic_triads(own, prob[part], valid[part], len(rows))
             details["tie_rate"][rows] = _per_sample(((prob[part] - 0.5).abs() < 1e-6).float(), own, valid[part], len(rows))
             details["swap_inconsistency"][rows] = _per_sample(inconsistency[part], own, valid[part], len(rows))
             for member, row in enumerate(rows.tolist()):

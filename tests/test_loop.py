@@ -165,8 +165,8 @@ def test_a_run_on_a_reward_of_latents_decodes_nothing_and_equals_the_same_reward
     assert Counting.decoded == 4 * 4  # evaluations show their pictures: before, after two, four and six iterations
     go(tmp_path / "media", config())
     # What training samples look like is not known of what was never decoded.
-    decoded, never = ([{name: value for name, value in row.items() if not name.startswith("media/")} for row in read_metrics(tmp_path / name)]
-                      for name in ("media", "run"))
+    decoded, never = ([{key: value for key, value in row.items() if not key.startswith("media/")} for row in read_metrics(tmp_path / run)]
+                      for run in ("media", "run"))
     assert decoded == never
 
 

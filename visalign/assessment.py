@@ -16,7 +16,7 @@ from visalign.guards.drift import Drift, measure_drift
 from visalign.guards.watch import Alarm, Watch
 from visalign.maths.seeds import derive_seed
 from visalign.parts import Parts
-from visalign.runfolder import RunFolder
+from visalign.runfolder import BEFORE, RunFolder
 from visalign.types import Prompt
 
 DRIFT_PROMPTS = 16  # twice the denoiser calls of as many samples
@@ -50,7 +50,8 @@ class Assessment:
         prompts = parts.eval_prompts[:settings.num_prompts]
         found = evaluate(parts.eval_policy, parts.sampler, parts.eval_rewards, prompts, seed=settings.seed, batch=settings.batch,
                          processes=self.processes, folder=self.folder.samples(label), autocast=autocast, progress=progress,
-                         bandwidth=self.watch.bandwidth, latents=parts.latents)
+                         bandwidth=self.watch.bandwidth, latents=parts.latents,
+                         opponents=self.folder.samples(BEFORE) if iteration else None)
         drift = self._drift(prompts, autocast)
         assessed = Assessed()
         if found is not None:

@@ -19,8 +19,8 @@ from visalign.distributed import Processes
 from visalign.maths.seeds import derive_seed
 from visalign.parts import Parts
 from visalign.preferences import PreferenceDataset, cached_latents, load_preferences
-from visalign.protocols import RecordedScores, Reward, Sampler
-from visalign.reward_entries import load, unique_names
+from visalign.protocols import AnyReward, RecordedScores, Sampler
+from visalign.reward_entries import load, load_guard, unique_names
 from visalign.samplers.dynamics import build_dynamics
 from visalign.samplers.identity import pipeline_identity
 from visalign.samplers.latent_source import PipelineLatents
@@ -118,18 +118,18 @@ def build_sampler(config: Config) -> TrajectorySampler:
                              same_initial_noise=settings.same_initial_noise, storage_dtype=getattr(torch, settings.storage_dtype))
 
 
-def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, Reward], frozenset[str]]:
+def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, AnyReward], frozenset[str]]:
     """Rewards trained on, rewards watched and the names of those that may stop the run; the second "clip" is called "clip_2".
 
     A run on a preference data set has one term, the scores recorded there."""
-    loaded = {name: (entry, load(entry)) for name, entry in unique_names([*config.rewards, *config.guards]).items()}
-    terms = [RewardTerm(name=name, reward=reward, weight=entry.weight, required=entry.required, shift=entry.shift, scale=entry.scale,
+    named = unique_names([*config.rewards, *config.guards])
+    terms = [RewardTerm(name=name, reward=load(entry), weight=entry.weight, required=entry.required, shift=entry.shift, scale=entry.scale,
                         shape=None if entry.shape is None else build_shape(entry.shape.name, entry.shape.params, f"rewards.{row}.shape"))
-             for row, (name, (entry, reward)) in enumerate(loaded.items()) if isinstance(entry, RewardConfig)]
-    guards = {name: reward for name, (entry, reward) in loaded.items() if isinstance(entry, GuardConfig) and isinstance(reward, Reward)}
+             for row, (name, entry) in enumerate(named.items()) if isinstance(entry, RewardConfig)]
+    guards = {name: load_guard(entry) for name, entry in named.items() if isinstance(entry, GuardConfig)}
     if config.data.offline is not None:
         terms = [RewardTerm(name=SCORE, reward=RecordedScores())]
-    return terms, guards, frozenset(name for name, (entry, _) in loaded.items() if isinstance(entry, GuardConfig) and entry.stops)
+    return terms, guards, frozenset(name for name, entry in named.items() if isinstance(entry, GuardConfig) and entry.stops)
 
 
 def build_users(settings: UsersConfig, prompts: Sequence[Prompt]) -> UserTable:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from visalign.bootstrap import Interval, bootstrap_gain, bootstrap_mean
+from visalign.comparison import ask_both_orders
 from visalign.distributed import Processes
 from visalign.guards.observe import observe
 from visalign.maths.seeds import derive_seed
-from visalign.media import save_samples
-from visalign.protocols import LatentSource, Policy, Reward, Sampler
+from visalign.media import load_media, read_index, save_samples
+from visalign.protocols import AnyReward, LatentSource, PairwiseReward, Policy, Sampler, ValuesSets
 from visalign.scoring import latent_media, score, spaces
 from visalign.types import Media, Prompt, Scores
 
@@ -70,13 +71,17 @@ class Evaluation:
         return Evaluation(values=values, seeds=tuple(stored["seeds"]), whole=stored.get("whole", {}))
 
 
-def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], prompts: Sequence[Prompt], *, seed: int, batch: int,
+def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, AnyReward], prompts: Sequence[Prompt], *, seed: int, batch: int,
              processes: Processes, folder: Path | None = None, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
              progress: Callable[[int, int], None] = lambda done, total: None, bandwidth: float | None = None,
-             latents: LatentSource | None = None) -> Evaluation | None:
-    """One sample per prompt, scored by every reward that judges samples one by one or as a set (groups have no meaning here).
+             latents: LatentSource | None = None, opponents: Path | None = None) -> Evaluation | None:
+    """One sample per prompt, scored by every reward that judges samples one by one, as a whole set or in pairs.
+
+    Rewards of groups are not asked: a group of one says nothing. Judges of pairs give the probability that a sample is better than its
+    opponent; without opponents that is one half, by definition.
 
     Args:
+        rewards: by name.
         seed: sample k is made from ``derive_seed(seed, k)``.
         batch: samples generated and decoded at once.
         folder: where media and their index are written.
@@ -84,13 +89,14 @@ def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], pr
         progress: called with (samples made, samples in all).
         bandwidth: ruler of the diversity, from the evaluation this one is to be compared with; ``None`` makes one of these samples.
         latents: for rewards of latents; without it they are not asked.
+        opponents: folder of an earlier evaluation's samples; needs ``folder``, for both sides are judged as they were written.
     Returns:
         On the main process the evaluation, on the others ``None``: media are made on all of them and scored together on one.
     """
     seeds = [derive_seed(seed, k) for k in range(len(prompts))]
     mine = range(processes.rank, len(prompts), processes.world)
-    judges = {name: reward for name, reward in rewards.items() if reward.spec.arity in ("pointwise", "set")
-              and (latents is not None or reward.spec.space == "media")}
+    judges = {name: reward for name, reward in rewards.items() if not isinstance(reward, PairwiseReward)
+              and reward.spec.arity in ("pointwise", "set") and (latents is not None or reward.spec.space == "media")}
     made: list[tuple[int, Media]] = []
     before_decoding: list[tuple[int, Media]] = []
     for start in range(0, len(mine), batch):
@@ -107,13 +113,38 @@ def evaluate(policy: Policy, sampler: Sampler, rewards: Mapping[str, Reward], pr
     if not processes.is_main:
         return None
     scores = score(judges, media, prompts, list(range(len(prompts))), kept)
+    alone = {name: one for name, one in scores.items() if one.features is None}
     if folder is not None:
-        save_samples(folder, media, prompts, seeds, {name: one.value for name, one in scores.items()})
+        save_samples(folder, media, prompts, seeds, {name: one.value for name, one in alone.items()})
     seen = observe(media)
     ruler = seen.bandwidth() if bandwidth is None else bandwidth
-    whole = {"diversity": seen.diversity(ruler), BANDWIDTH: ruler}
-    return Evaluation(values={**_values(scores), **{f"media/{name}": column for name, column in seen.statistics.items()}},
+    whole = {"diversity": seen.diversity(ruler), BANDWIDTH: ruler, **_of_sets(rewards, scores)}
+    duels = _duels({name: reward for name, reward in rewards.items() if isinstance(reward, PairwiseReward)}, prompts, folder, opponents)
+    return Evaluation(values={**_values(alone), **duels, **{f"media/{name}": column for name, column in seen.statistics.items()}},
                       seeds=tuple(seeds), whole={name: value for name, value in whole.items() if math.isfinite(value)})
+
+
+def _of_sets(rewards: Mapping[str, AnyReward], scores: Mapping[str, Scores]) -> dict[str, float]:
+    """What set-level rewards say of all samples together, larger is better."""
+    found = {}
+    for name, one in scores.items():
+        reward = rewards[name]
+        if one.features is not None and isinstance(reward, ValuesSets) and int(one.valid.sum()) > 1:
+            found[name] = reward.value(one.features[one.valid])
+    return found
+
+
+def _duels(judges: Mapping[str, PairwiseReward], prompts: Sequence[Prompt], folder: Path | None,
+           opponents: Path | None) -> dict[str, Tensor]:
+    """``P(the sample is better than its opponent)`` by judge, and how far the two orders contradict each other; float64 (n,)."""
+    if opponents is None or folder is None:
+        return {name: torch.full((len(prompts),), 0.5, dtype=torch.float64) for name in judges}
+    own, others = ([load_media(sample.file) for sample in read_index(side)] for side in (folder, opponents)) if judges else ([], [])
+    found: dict[str, Tensor] = {}
+    for name, judge in judges.items():
+        both = ask_both_orders(judge, own, others, prompts)
+        found |= {name: both.prob.double(), f"{name}/swap_inconsistency": both.inconsistency.double()}
+    return found
 
 
 def write_comparison(path: Path, before: Evaluation, after: Evaluation) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from visalign.composition.fixed import Weighted
 from visalign.composition.table import Combiner
 from visalign.credit import RewardTerm
-from visalign.protocols import Algorithm, LatentSource, Policy, Reward, Sampler
+from visalign.protocols import Algorithm, AnyReward, AsksJudge, LatentSource, Policy, RecordedScores, Sampler
 from visalign.types import Prompt
 
 
@@ -20,8 +20,8 @@ class Parts:
     Attributes:
         policy: what samples; the same weights under other call arguments are ``eval_policy`` (evaluations) and ``train_policy`` (updates).
         sampler: makes trajectories and evaluation samples.
-        terms: the rewards trained on, ``combiner`` what makes one of them; ``guards`` are watched in evaluations only, and those named in
-            ``stopping`` may end the run.
+        terms: the rewards trained on, ``combiner`` what makes one of them; ``guards`` are watched in evaluations only (judges of pairs
+            compare with the samples before training), and those named in ``stopping`` may end the run.
         latents: tells rewards of latents what the policy's latents are; ``None`` where the policy cannot.
         save_adapter: writes the trained weights into a folder, where the pipeline's own library loads them.
     """
@@ -32,7 +32,7 @@ class Parts:
     sampler: Sampler
     algorithm: Algorithm
     terms: Sequence[RewardTerm]
-    guards: Mapping[str, Reward]
+    guards: Mapping[str, AnyReward]
     prompts: Sequence[Prompt]
     eval_prompts: Sequence[Prompt]
     save_adapter: Callable[[Path], None]
@@ -41,6 +41,8 @@ class Parts:
     latents: LatentSource | None = None
 
     @property
-    def eval_rewards(self) -> dict[str, Reward]:
-        """What evaluations ask: the rewards trained on and the guards, without those that judge whole sets."""
-        return {**{term.name: term.reward for term in self.terms if isinstance(term.reward, Reward)}, **self.guards}
+    def eval_rewards(self) -> dict[str, AnyReward]:
+        """What evaluations ask: the rewards trained on (of win rates within groups the judge) and the guards."""
+        trained = {term.name: term.reward.judge if isinstance(term.reward, AsksJudge) else term.reward for term in self.terms
+                   if not isinstance(term.reward, RecordedScores)}
+        return {**trained, **self.guards}

@@ -177,6 +177,13 @@ class PairwiseReward(Protocol):
         """Probability that the first of each pair is better, in the order given (callers swap the order themselves)."""
 
 
+@runtime_checkable
+class AsksJudge(Protocol):
+    """A reward of groups whose word is that of a judge of pairs."""
+
+    judge: PairwiseReward
+
+
 @dataclass(frozen=True)
 class RecordedScores:
     """Stands for the scores that a preference data set holds; nothing can be asked."""
@@ -206,6 +213,9 @@ class SetReward(Protocol):
 
     def credit(self, features: Tensor, group_id: Tensor) -> Tensor:
         """What every sample did for the set, float32 (N,), larger is better; features (N, d) and group_id (N,) of all processes."""
+
+
+AnyReward = Reward | SetReward | PairwiseReward
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ from itertools import chain
 
 from visalign.config import GuardConfig, RewardConfig, resolve_path
 from visalign.plugins import load_reward
-from visalign.protocols import PairwiseReward, Reward, SetReward
+from visalign.protocols import AnyReward, Reward, SetReward
 from visalign.settings import ConfigError, parse_yaml, validate
 
 
@@ -37,7 +37,7 @@ def unique_names(entries: Sequence[RewardConfig | GuardConfig]) -> Mapping[str, 
     return named
 
 
-def load_any(entry: RewardConfig | GuardConfig) -> Reward | PairwiseReward | SetReward:
+def load_any(entry: RewardConfig | GuardConfig) -> AnyReward:
     """The reward or judge an entry names."""
     return load_reward(entry.name, **resolve_path(dict(entry.params)))
 
@@ -49,9 +49,20 @@ def load(entry: RewardConfig | GuardConfig) -> Reward | SetReward:
         ValueError: it is a pairwise judge, which needs a schedule to become scores.
     """
     found = load_any(entry)
-    if isinstance(found, SetReward) and isinstance(entry, GuardConfig):
-        raise ValueError(f"'{entry.name}' judges a set of samples as a whole and cannot be watched as a guard; list it under rewards")
     if not isinstance(found, Reward | SetReward):
         raise ValueError(f"'{entry.name}' compares pairs and gives no score per sample; wrap it: "
                          f"{{name: win_rate, params: {{judge: {{reward: {entry.name}, ...}}}}}}")
+    return found
+
+
+def load_guard(entry: GuardConfig) -> AnyReward:
+    """The reward or judge that watches evaluations.
+
+    Raises:
+        ValueError: it ranks the samples of a group, and evaluations have one sample per prompt.
+    """
+    found = load_any(entry)
+    if found.spec.arity == "groupwise":
+        raise ValueError(f"guard '{entry.name}' compares the samples of a group, and evaluations make one sample per prompt; name the "
+                         "judge itself, which then compares with the samples before training")
     return found

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from visalign.protocols import LatentSource, PairwiseReward, Reports, Reward, RewardSpec, SetReward
+from visalign.protocols import AnyReward, LatentSource, Reports, Reward, RewardSpec, SetReward
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 logger = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class ChecksPrompts(Protocol):
         """Raise ValueError, naming the row, for a prompt this reward cannot use."""
 
 
-def admit(rewards: Mapping[str, Reward | SetReward | PairwiseReward], prompts: Sequence[Prompt]) -> None:
+def admit(rewards: Mapping[str, AnyReward], prompts: Sequence[Prompt]) -> None:
     """Check a whole prompt file against all rewards and judges before anything is generated.
 
     Raises:
@@ -117,7 +117,7 @@ def admit(rewards: Mapping[str, Reward | SetReward | PairwiseReward], prompts: S
             reward.check_prompts(prompts)
 
 
-def admit_latents(rewards: Mapping[str, Reward | SetReward], source: LatentSource | None) -> None:
+def admit_latents(rewards: Mapping[str, AnyReward], source: LatentSource | None) -> None:
     """Refuse rewards of latents that would read other latents than they were made for, before anything is generated.
 
     Raises:

@@ -8,12 +8,15 @@ import torch
 from tests import gaussian_run
 from tests.gaussian_run import config, go
 from visalign import checkpoint
+from visalign.credit import RewardTerm
 from visalign.distributed import Processes
 from visalign.evaluation import Evaluation
 from visalign.guards.alarm import Alarm
+from visalign.protocols import RewardSpec
 from visalign.rewards.function import FunctionReward
+from visalign.rewards.pairwise import BradleyTerry, WinRate
 from visalign.tracking import read_metrics
-from visalign.types import Prompt
+from visalign.types import Comparisons, Prompt
 
 PEAK = 0.25
 PROMPTS = [Prompt(f"prompt {i}", metadata={"offset": 0.01 * i}) for i in range(16)]
@@ -156,3 +159,75 @@ def test_media_that_change_warn_or_stop(tmp_path, caplog):
     assert Alarm.read(tmp_path / "stopped" / "stopping.json").kind == "shift"
     hacked(tmp_path / "ignored", "stopping.shift=2", "stopping.statistics=ignore", guards={})
     assert read_metrics(tmp_path / "ignored")[-1]["guard/shifts"] == 0
+
+
+class Nearer:
+    """A judge of pairs: whose mean is nearer to 0.25; or one that always prefers the first it is shown."""
+
+    spec = RewardSpec(name="nearer", arity="pairwise", modality=frozenset({"audio"}), raw_range=(0.0, 1.0))
+
+    def __init__(self, biased=False):
+        self.biased, self.shown = biased, []
+
+    def compare(self, first, second, prompts):
+        self.shown += [len(first)]
+        gap = torch.tensor([b - a for a, b in zip(nearness(second, prompts), nearness(first, prompts), strict=True)])
+        prob = torch.ones(len(first)) if self.biased else torch.sigmoid(20 * gap)
+        return Comparisons(prob_first=prob, valid=torch.ones(len(first), dtype=torch.bool), reasons=(None,) * len(first))
+
+
+def test_a_judge_of_pairs_guards_by_comparing_with_the_start(tmp_path):
+    judge = Nearer()
+    hacked(tmp_path / "run", guards={"nearer": judge}, stopping={"nearer"})
+    alarm, rows = Alarm.read(tmp_path / "run" / "stopping.json"), read_metrics(tmp_path / "run")
+    assert alarm.kind == "hacking"
+    assert rows[0]["eval/nearer"] == 0.5
+    evaluated = [row for row in rows if "eval/nearer" in row]
+    assert max(row["eval/nearer"] for row in evaluated) > 0.6
+    assert evaluated[-1]["eval/nearer"] < 0.45
+    assert all(abs(row["eval/nearer/swap_inconsistency"]) < 1e-6 for row in evaluated[1:])
+    assert judge.shown == [2 * len(PROMPTS)] * (len(evaluated) - 1)  # both orders, and nothing is asked about the start itself
+
+
+def test_a_judge_that_prefers_a_position_says_nothing_and_stops_nothing(tmp_path):
+    hacked(tmp_path / "run", guards={"nearer": Nearer(biased=True)}, stopping={"nearer"})
+    rows = read_metrics(tmp_path / "run")
+    assert rows[-1]["iteration"] == 29
+    assert rows[-1]["eval/nearer"] == 0.5
+    assert rows[-1]["eval/nearer/swap_inconsistency"] == 1
+
+
+def test_win_rates_in_training_are_told_in_evaluations_by_their_judge(tmp_path):
+    def mean(media, prompts):
+        return [float(sample.data.mean()) for sample in media]
+
+    term = RewardTerm("wins", WinRate(BradleyTerry(FunctionReward(mean, name="mean", modality=["audio"]), scale=20.0)))
+    hacked(tmp_path / "run", terms=[term])
+    alarm = Alarm.read(tmp_path / "run" / "stopping.json")
+    assert "the training reward changed by +" in alarm.causes[0]
+    assert read_metrics(tmp_path / "run")[-1]["eval/wins"] > 0.9
+
+
+class Spread:
+    """A set-level reward: how far the samples lie apart."""
+
+    spec = RewardSpec(name="spread", arity="set", modality=frozenset({"audio"}))
+
+    def features(self, media, prompts):
+        return torch.stack([sample.data.mean().double().reshape(1) for sample in media])
+
+    def credit(self, features, group_id):
+        return features[:, 0].float()
+
+    def value(self, features):
+        return float(features.std())
+
+
+def test_a_set_is_watched_as_a_whole(tmp_path):
+    hacked(tmp_path / "run", guards={"spread": Spread()}, stopping={"spread"})
+    rows = read_metrics(tmp_path / "run")
+    assert rows[-1]["iteration"] == 29  # there is nothing to compare prompt by prompt
+    for row in rows:
+        if "eval/value" in row:
+            assert row["eval/spread"] > 0
+            assert "eval/spread_low" not in row

@@ -90,6 +90,15 @@ def test_prompts_without_a_score_are_left_out_of_the_comparison():
     assert not verdict(looks[0], looks[1], nobody).falls
 
 
+def test_a_judge_of_pairs_has_no_spread_at_the_start_and_is_measured_by_its_first():
+    half = torch.full((64,), 0.5, dtype=torch.float64)
+    looks = [Look(0, SPREAD, {"judge": half}), Look(1, SPREAD + 1, {"judge": half + 0.2 + 0.1 * SPREAD}),
+             Look(2, SPREAD + 2, {"judge": half + 0.1 * SPREAD + 0.01 * JITTER})]
+    (fall,) = verdict(*looks).alarms
+    assert fall.drop == pytest.approx(2, abs=0.01)
+    assert verdict(*looks[:2]).standing == pytest.approx(2)
+
+
 def test_a_guard_that_says_the_same_of_every_prompt_is_not_judged():
     flat = [Look(k, SPREAD + k, {"clip": torch.full((64,), 1.0 - k, dtype=torch.float64)}) for k in range(2)]
     assert not verdict(*flat).falls

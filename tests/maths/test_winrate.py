@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visalign.maths.advantages import group_advantages
-from visalign.maths.winrate import all_pairs, bradley_terry, combine_orders, d_regular, ring, win_rates
+from visalign.maths.winrate import all_pairs, bradley_terry, combine_orders, cyclic_triads, d_regular, ring, win_rates
 
 
 def rates(pairs, judged, num_samples, valid=None):
@@ -114,3 +114,28 @@ def test_bradley_terry():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_ranking_has_no_circles_and_a_circle_is_one():
+    pairs = all_pairs(4)
+    ranked = torch.tensor([1.0 if i < j else 0.0 for i, j in pairs])
+    everything = torch.ones(len(pairs), dtype=torch.bool)
+    assert cyclic_triads(pairs, ranked, everything, 4).tolist() == [0.0] * 4
+    circle = torch.tensor([{(0, 1): 1.0, (1, 2): 1.0, (0, 2): 0.0}.get(pair, 1.0 if pair[0] < pair[1] else 0.0) for pair in pairs])
+    # 0 > 1 > 2 > 0 and all beat 3: one circle among the three triads of 0, 1 and 2, none among those of 3.
+    torch.testing.assert_close(cyclic_triads(pairs, circle, everything, 4), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]))
+
+
+def test_circles_need_three_judgements_and_ties_make_none():
+    pairs, prob = ((0, 1), (1, 2), (2, 0)), torch.tensor([0.9, 0.8, 0.6])
+    assert cyclic_triads(pairs, prob, torch.ones(3, dtype=torch.bool), 3).tolist() == [1.0] * 3
+    assert cyclic_triads(pairs, torch.tensor([0.9, 0.8, 0.5]), torch.ones(3, dtype=torch.bool), 3).tolist() == [0.0] * 3
+    assert cyclic_triads(pairs, prob, torch.tensor([True, True, False]), 3).isnan().all()
+    assert cyclic_triads(ring(5), torch.ones(5), torch.ones(5, dtype=torch.bool), 5).isnan().all()
+
+
+def test_a_coin_makes_a_quarter_of_all_triads_circles():
+    generator, pairs = torch.Generator().manual_seed(0), all_pairs(12)
+    coins = torch.randint(0, 2, (40, len(pairs)), generator=generator).float()
+    rates = [cyclic_triads(pairs, row, torch.ones(len(pairs), dtype=torch.bool), 12) for row in coins]
+    assert float(torch.stack(rates).mean()) == pytest.approx(0.25, abs=0.01)

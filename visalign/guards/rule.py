@@ -8,7 +8,8 @@ values ``G_k`` (n,) and peak ``p = argmax_{j < k} mean G_j``,
 is a *fall* if it is at least ``fall`` and the mean of ``G_p - G_k`` is above 0 beyond chance. A run that looks often must not be stopped by
 luck: ``1 - confidence`` is shared among guards, looks and the evaluations a peak is chosen from (union bounds; look k gets the share
 ``6 / (pi k)^2``), so that a run in which nothing falls is stopped with at most that probability. If the training reward did not fall since
-the peak, the run is hacked; if it fell as well, it is collapsing.
+the peak, the run is hacked; if it fell as well, it is collapsing. The unit is that of the first evaluation in which prompts differ: a
+judge that compares with the start says one half of every prompt there.
 
 The best evaluation is the one at which the guards stand highest on average (in the same units); without guards, the training reward.
 """
@@ -97,7 +98,7 @@ def judge(looks: Sequence[Look], *, fall: float, confidence: float) -> Verdict:
     if any(values.shape != looks[0].reward.shape for look in looks for values in (look.reward, *look.guards.values())):
         raise ValueError("evaluations must be of the same prompts; evaluate every time with the same evaluation.num_prompts")
     falls = tuple(one for name in looks[0].guards if (one := _fall(name, looks, confidence)) is not None)
-    standings = [_standing(look, looks[0]) for look in looks]
+    standings = [_standing(k, looks) for k in range(len(looks))]
     best = max(range(len(looks)), key=lambda k: (standings[k], k))
     return Verdict(falls, tuple(one for one in falls if one.sure and one.drop >= fall), best, standings[-1])
 
@@ -105,24 +106,29 @@ def judge(looks: Sequence[Look], *, fall: float, confidence: float) -> Verdict:
 def _fall(name: str, looks: Sequence[Look], confidence: float) -> Fall | None:
     """Of one guard since its peak; ``None`` while there is no earlier evaluation or the guard says the same of every prompt."""
     now, before = looks[-1], looks[:-1]
-    scale = _spread(looks[0].guards[name])
+    scale = _unit([look.guards[name] for look in looks])
     known = [k for k, look in enumerate(before) if bool(torch.isfinite(look.guards[name]).any())]
     if not known or not scale > 0 or not bool(torch.isfinite(now.guards[name]).any()):
         return None
     peak = before[max(known, key=lambda k: float(before[k].guards[name].nanmean()))]
     each = 1 - (1 - confidence) * 6 / (math.pi * len(before)) ** 2 / len(before) / len(now.guards)
     lost, gained = peak.guards[name] - now.guards[name], now.reward - peak.reward
-    unit = _spread(looks[0].reward)
+    unit = _unit([look.reward for look in looks])
     return Fall(guard=name, peak=peak.iteration, drop=float(lost.nanmean()) / scale, sure=_above_zero(lost, each),
                 reward_change=float(gained.nanmean()) / unit if unit > 0 else math.nan, reward_fell=_above_zero(-gained, each))
 
 
-def _standing(look: Look, first: Look) -> float:
+def _standing(k: int, looks: Sequence[Look]) -> float:
     """Mean gain over the guards, or of the training reward without any, in standard deviations between prompts; 0 where unknown."""
-    pairs = [(look.guards[name], first.guards[name]) for name in first.guards] or [(look.reward, first.reward)]
-    gains = [float((now - then).nanmean()) / _spread(then) for now, then in pairs if _spread(then) > 0]
+    columns = [[look.guards[name] for look in looks[:k + 1]] for name in looks[0].guards] or [[look.reward for look in looks[:k + 1]]]
+    gains = [float((column[-1] - column[0]).nanmean()) / _unit(column) for column in columns if _unit(column) > 0]
     known = [gain for gain in gains if math.isfinite(gain)]
     return sum(known) / len(known) if known else 0.0
+
+
+def _unit(column: Sequence[Tensor]) -> float:
+    """Standard deviation between prompts in the first evaluation in which they differ; 0 where they never do."""
+    return next((spread for values in column if (spread := _spread(values)) > 0), 0.0)
 
 
 def _spread(values: Tensor) -> float:

@@ -57,6 +57,25 @@ def win_rates(pairs: Sequence[tuple[int, int]], prob_first: Tensor, valid: Tenso
     return WinRates(value=rate.to(prob_first.dtype), valid=count > 0, num_comparisons=count)
 
 
+def cyclic_triads(pairs: Sequence[tuple[int, int]], prob_first: Tensor, valid: Tensor, num_samples: int) -> Tensor:
+    """Share of a sample's triads that are circles (a beats b beats c beats a), which no ranking can satisfy, (G,), dtype of the judgements.
+
+    Of the triads whose three comparisons are all valid; NaN for samples without one. A judge that answers at random gives 1/4.
+
+    Args:
+        pairs, prob_first, valid, num_samples: as for :func:`win_rates`; 0.5 beats nobody.
+    Source: Kendall & Babington Smith, "On the method of paired comparisons", Biometrika 1940.
+    """
+    beats, judged = (torch.zeros(num_samples, num_samples, dtype=torch.float64) for _ in range(2))
+    for (i, j), prob, ok in zip(pairs, prob_first.tolist(), valid.tolist(), strict=True):
+        if ok:
+            judged[i, j] = judged[j, i] = 1.0
+            beats[i, j], beats[j, i] = float(prob > 0.5), float(prob < 0.5)
+    # A walk i -> j -> k -> i along wins meets every circle through i once; along comparisons it meets every triad in both directions.
+    circles, triads = (torch.einsum("ij,jk,ki->i", matrix, matrix, matrix) for matrix in (beats, judged))
+    return torch.where(triads > 0, 2 * circles / triads.clamp(min=1), torch.nan).to(prob_first.dtype)
+
+
 def combine_orders(prob_ij: Tensor, prob_ji: Tensor) -> Tensor:
     """``(y_ij + 1 - y_ji) / 2``: P(i beats j) from the judgement in both orders, (n,).
 
