@@ -1,15 +1,12 @@
 """Judges as rewards, asked over HTTP: pairs, points and rubrics; failures stay failures; captions stay data."""
 
-import base64
 import math
-from io import BytesIO
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.rewards.misbehaving_server import CLOSE, HANG, REFUSAL, MisbehavingServer, completion
+from tests.rewards.misbehaving_server import CLOSE, HANG, REFUSAL, MisbehavingServer, completion, pictures
 from visalign.credit import RewardTerm, assign_credit
 from visalign.plugins import load_reward
 from visalign.protocols import PairwiseReward, Reward
@@ -27,9 +24,8 @@ def image(level):
 
 
 def levels(request):
-    """Grey level of every picture in a request, as the judge sees it."""
-    urls = [part["image_url"]["url"] for part in request["messages"][0]["content"] if part["type"] == "image_url"]
-    return [int(np.asarray(Image.open(BytesIO(base64.b64decode(url.split(",")[1]))))[0, 0, 0]) for url in urls]
+    """Grey level of every picture in a request."""
+    return [int(picture[0, 0, 0]) for picture in pictures(request)]
 
 
 def text_of(request):
@@ -225,8 +221,7 @@ def test_large_pictures_are_reduced_with_their_aspect():
     wide = Media("image", torch.zeros(3, 20, 40, dtype=torch.uint8))
     with MisbehavingServer(["Final Score: 3"]) as server:
         PointwiseJudge(backend(server), max_side=8).score([wide], [PROMPT], [0])
-    url = server.requests[0]["messages"][0]["content"][0]["image_url"]["url"]
-    assert Image.open(BytesIO(base64.b64decode(url.split(",")[1]))).size == (8, 4)
+    assert pictures(server.requests[0])[0].shape == (4, 8, 3)
 
 
 RUBRIC = [{"id": "cat", "text": "there is a cat", "kind": "hard"}, {"id": "red", "text": "the cat is red", "weight": 3},
