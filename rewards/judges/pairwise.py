@@ -73,7 +73,8 @@ class PairwiseJudge:
             ValueError: the back end's set-up is wrong, or a prompt lacks its source image.
         """
         self.check_prompts(prompts)
-        shown = {id(sample): files(sample, self.num_frames, self.max_side) for sample in (*first, *second)}
+        distinct = {id(sample): sample for sample in (*first, *second)}
+        shown = {key: files(sample, self.num_frames, self.max_side) for key, sample in distinct.items()}
         pairs = [(shown[id(a)], shown[id(b)]) for a, b in zip(first, second, strict=True)]
         before = sources(self.template, prompts, self.max_side)
         swapped = [(b, a) for a, b in pairs] if self.both_orders else []

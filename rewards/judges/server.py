@@ -10,28 +10,39 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from visalign.rewards.judges.cache import AnswerCache, key_of
 from visalign.rewards.judges.completion import is_content_filter, read_completion, server_message
 from visalign.rewards.judges.question import Answer, Question, Reply
-from visalign.rewards.judges.replicas import Replicas
+from visalign.rewards.judges.replicas import Replica, Replicas
 from visalign.rewards.judges.transport import Response, post
 
 logger = logging.getLogger(__name__)
 
-_RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+_PATIENCE = 5.0  # seconds of waiting that are worth a warning
 _WRONG_SETUP = {401: "set the key's environment variable and name it in api_key_env", 403: "the key lacks access to this model",
                 404: "compare base_urls (they usually end in /v1) and model with what GET /v1/models lists",
                 405: "base_urls must be the address of an OpenAI-compatible API, usually ending in /v1"}
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the questions asked together share: until when, whether to stop, and whether it was said that they wait."""
+
+    deadline: float
+    stop: threading.Event = field(default_factory=threading.Event)
+    told: threading.Event = field(default_factory=threading.Event)
 
 
 class ChatServer:
     """Asks ``POST {base_url}/chat/completions`` at temperature 0.
 
     A question that gets no answer has a reason: "timeout" (the call's or the batch's time was over), "connection" (refused or closed),
-    "garbage" (no completion came), "http CODE", "refused". What retrying may cure is retried, on another replica if there is one.
+    "garbage" (no completion came), "http CODE", "refused". What retrying may cure is retried, on another replica if there is one. While no
+    server answers, questions wait for one that does, as long as the batch's time allows: a judge may restart.
     """
 
     def __init__(self, base_urls: str | Sequence[str], model: str, *, api_key_env: str | None = None, concurrency: int = 16,
@@ -83,17 +94,16 @@ class ChatServer:
         Raises:
             ValueError: the servers say that the key, address or model is wrong, or turned down everything they were ever asked.
         """
-        deadline = time.monotonic() + self.batch_timeout
-        stop = threading.Event()
+        batch = _Batch(deadline=time.monotonic() + self.batch_timeout)
         pool = ThreadPoolExecutor(max_workers=min(self.concurrency, max(1, len(questions))), thread_name_prefix="judge")
         try:
-            calls = [pool.submit(self._reply, question, deadline, stop) for question in questions]
+            calls = [pool.submit(self._reply, question, batch) for question in questions]
             for ended in wait(calls, return_when=FIRST_EXCEPTION).done:
                 ended.result()
             replies = [call.result() for call in calls]
         finally:
             # Where nothing went wrong nobody is left; after an error nobody waits for calls under way, which end by their deadline.
-            stop.set()
+            batch.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
         self._check_turned_down(replies)
         return replies
@@ -102,40 +112,41 @@ class ChatServer:
         request = {"model": self.model, "messages": question.messages(), "temperature": 0, "max_tokens": question.max_tokens, **self.extra}
         return request | ({"logprobs": True, "top_logprobs": question.top_logprobs} if question.top_logprobs else {})
 
-    def _reply(self, question: Question, deadline: float, stop: threading.Event) -> Reply:
+    def _reply(self, question: Question, batch: _Batch) -> Reply:
         request = self._request(question)
         key = key_of(request)
         known = self.cache.get(key) if self.cache else None
         if known is not None:
             return Reply(answer=known)
-        reply = self._call(json.dumps(request).encode("utf-8"), deadline, stop)
+        reply = self._call(json.dumps(request).encode("utf-8"), batch)
         if reply.answer is not None:
             self._has_answered = True
             if self.cache:
                 self.cache.put(key, reply.answer)
         return reply
 
-    def _call(self, body: bytes, deadline: float, stop: threading.Event) -> Reply:
+    def _call(self, body: bytes, batch: _Batch) -> Reply:
         """Attempts until there is an answer, or no attempt or no time is left."""
         started: float | None = None
         attempts, reason, message = 0, "timeout", ""
         not_before: dict[str, float] = {}
-        while attempts <= self.retries and not stop.is_set():
+        while attempts <= self.retries and not batch.stop.is_set():
             now = time.monotonic()
-            if now >= deadline:
+            if now >= batch.deadline:
                 break
             replica, seconds = self._replicas.take(now, not_before)
             if seconds > 0:
-                if now + seconds >= deadline:
+                if now + seconds >= batch.deadline:
                     break
-                stop.wait(min(seconds, 1.0))
+                self._say_it_waits(replica, seconds, batch.deadline - now, batch)
+                batch.stop.wait(min(seconds, 1.0))
                 continue
             started = started or now
             attempts += 1
             pause = self.pause * (0.5 + self._jitter.random())
             response: Response | None = None
             try:
-                response = post(f"{replica.url}/chat/completions", body, self._headers, min(self.timeout, deadline - now))
+                response = post(f"{replica.url}/chat/completions", body, self._headers, min(self.timeout, batch.deadline - now))
             except TimeoutError as error:
                 reason, message = "timeout", str(error)
             except ConnectionError as error:
@@ -143,9 +154,9 @@ class ChatServer:
             ended = time.monotonic()
             not_before[replica.url] = ended + pause * 2 ** (attempts - 1)
             if response is None:
-                self._replicas.failed(replica, ended, pause)
+                self._replicas.failed(replica, ended, pause, message)
             elif response.status in (429, 503):
-                self._replicas.failed(replica, ended, pause, response.retry_after())
+                self._replicas.failed(replica, ended, pause, f"{response.status} {server_message(response.body)}", response.retry_after())
             else:
                 self._replicas.worked(replica)
             if response is not None:
@@ -153,10 +164,17 @@ class ChatServer:
                 if isinstance(outcome, Answer):
                     return Reply(answer=outcome, attempts=attempts, seconds=ended - started)
                 reason, message = outcome, server_message(response.body)
-                if response.status != 200 and response.status not in _RETRIED:
+                if response.status != 200 and not _passes(response.status):
                     break
             logger.debug("judge %s: %s (%s)", replica.url, reason, message)
         return Reply(reason=reason, attempts=attempts, seconds=time.monotonic() - started if started else 0.0, message=message)
+
+    def _say_it_waits(self, replica: Replica, seconds: float, left: float, batch: _Batch) -> None:
+        """Once per batch: nobody should wonder for half an hour why nothing happens."""
+        if seconds >= _PATIENCE and not batch.told.is_set():
+            batch.told.set()
+            logger.warning("judge '%s': no server answers (%s: %s); its questions wait for one that does, at most %.0f s more",
+                           self.model, replica.url, replica.trouble or "busy", left)
 
     def _outcome(self, response: Response, url: str) -> Answer | str:
         """An answer, or the reason there is none."""
@@ -173,10 +191,15 @@ class ChatServer:
         """A request that a server cannot take (an unknown field, too many images) fails alike for every sample."""
         asked = [reply for reply in replies if reply.attempts]
         turned_down = [reply for reply in asked if reply.reason and reply.reason.startswith("http ")
-                       and int(reply.reason.split()[1]) not in _RETRIED]
+                       and not _passes(int(reply.reason.split()[1]))]
         for reply in turned_down[:1]:
             logger.warning("judge '%s': %d of %d questions were turned down: %s, %s", self.model, len(turned_down), len(replies),
                            reply.reason, reply.message)
         if turned_down and len(turned_down) == len(replies) and not self._has_answered:
             raise ValueError(f"judge '{self.model}' turned down every question: {turned_down[0].reason}, {turned_down[0].message}; "
                              "compare the template's needs (number of images, log-probabilities, tokens) with what the server offers")
+
+
+def _passes(status: int) -> bool:
+    """Whether the same request may succeed later: timeouts, conflicts, limits, and every failure of a server but what it cannot do."""
+    return status in (408, 409, 425, 429) or (status >= 500 and status not in (501, 505))

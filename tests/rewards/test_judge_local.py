@@ -58,6 +58,13 @@ def test_first_token_is_the_models_own(judge):
     assert reply.answer.text == max(listed, key=listed.get)
 
 
+def test_a_longer_answer_has_the_same_first_token(judge):
+    one, = judge.ask([Question("Image 1 is better", PICTURES, max_tokens=1, top_logprobs=20)])
+    longer, = judge.ask([Question("Image 1 is better", PICTURES, max_tokens=4, top_logprobs=20)])
+    assert longer.answer.first_token == pytest.approx(one.answer.first_token, abs=1e-5)
+    assert longer.answer.text.startswith(one.answer.text)
+
+
 def test_answers_depend_on_the_pictures_and_their_order(judge):
     ask = [judge.ask([Question("1 is better", pictures, 1, 20)])[0].answer.first_token["1"] for pictures in
            (PICTURES, PICTURES[::-1], PICTURES[:1])]
