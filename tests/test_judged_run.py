@@ -29,6 +29,8 @@ from tests.rewards.misbehaving_server import (
     completion,
     pictures,
 )
+from tests.rewards.serving import serving
+from tests.rewards.tiny_judge import make
 from visalign import checkpoint
 from visalign.credit import RewardFailureError
 from visalign.rewards.judges import replicas
@@ -41,9 +43,9 @@ ONCE = (503, CLOSE, HALF, HTML, TRUNCATED_JSON, (429, 0), HANG)
 class Storm:
     """The judge; ``answered`` counts by question how often a verdict was sent, ``dead`` makes it close every connection."""
 
-    def __init__(self):
+    def __init__(self, for_good=FOR_GOOD):
         self.asked, self.answered = Counter(), Counter()
-        self.dead = False
+        self.for_good, self.dead = for_good, False
 
     def __call__(self, request):
         question = json.dumps(request["messages"], sort_keys=True)
@@ -53,7 +55,7 @@ class Storm:
             return CLOSE
         for level in (first, second):
             if level % 5 == 0:
-                return FOR_GOOD[level // 5 % len(FOR_GOOD)]
+                return self.for_good[level // 5 % len(self.for_good)]
         if self.asked[question] == 1 and (first + 3 * second) % 4 == 1:
             # A hang costs a timeout, so it is the rarest.
             return ONCE[-1] if first % 40 == 1 else ONCE[first % (len(ONCE) - 1)]
@@ -185,3 +187,79 @@ def test_killed_in_the_middle_of_judging_and_resumed_equals_uninterrupted(tmp_pa
         go(tmp_path / "run", [server.url], tmp_path / "answers", config(), resume=True)
     assert_same_run(tmp_path / "run", whole[0])
     assert judge.answered == whole[2].answered
+
+
+# --- the command, on a pipeline ---------------------------------------------------------------------------------------------------
+
+RECIPE = """
+extends: embedded_pref_grpo
+rewards:
+  - name: win_rate
+    params:
+      judge:
+        reward: pairwise_judge
+        backend: {{base_urls: ["{url}"], model: judge, cache_dir: "{answers}", pause: 0.001, timeout: 2, concurrency: 1}}
+guards: [{{name: jpeg_incompressibility}}]
+model: {{call: {{num_inference_steps: 4}}}}
+train: {{iterations: 3, groups: 2, group_size: 4, updates: 1, microbatch: 8, max_failed: 1.0}}
+evaluation: {{num_prompts: 2, every: 0}}
+checkpoint: {{every: 1}}
+"""
+
+
+@pytest.mark.slow
+def test_visalign_train_killed_while_it_asks_and_resumed_is_the_run_that_nobody_killed(tmp_path):
+    # What looks like an outage would be waited for.
+    judges, processes, kills = {name: Storm(for_good=(500, GARBAGE, REFUSAL)) for name in ("whole", "killed")}, [], []
+
+    def lethal(request):
+        judge = judges["killed" if processes else "whole"]
+        if processes and judge.answered.total() >= 15 and not kills:
+            kills.append(request)
+            processes[0].kill()
+            return CLOSE
+        return judge(request)
+
+    def command(*words):
+        return [sys.executable, "-m", "visalign", "train", *map(str, words)]
+
+    with MisbehavingServer([lethal]) as server:
+        for name in judges:
+            (tmp_path / f"{name}.yaml").write_text(RECIPE.format(url=server.url, answers=tmp_path / f"{name}-answers"))
+        subprocess.run(command(tmp_path / "whole.yaml", "--out", tmp_path / "whole"), check=True, timeout=200)
+        processes.append(subprocess.Popen(command(tmp_path / "killed.yaml", "--out", tmp_path / "killed")))
+        assert processes[0].wait(200) == -9
+        subprocess.run(command("--resume", tmp_path / "killed"), check=True, timeout=200)
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+    for picture in sorted((tmp_path / "whole" / "samples").rglob("*.png")):
+        assert (tmp_path / "killed" / picture.relative_to(tmp_path / "whole")).read_bytes() == picture.read_bytes()
+    assert judges["killed"].answered == judges["whole"].answered
+    assert set(judges["killed"].answered.values()) == {1}
+    rates = [row["reward/win_rate/valid_rate"] for row in read_metrics(tmp_path / "killed")[1:]]
+    assert len(rates) == 3
+    assert min(rates) < 1
+
+
+# --- transformers serve -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_real_server_whose_judge_only_knows_positions_teaches_nothing(tmp_path):
+    """A vision-language model that always prefers the first picture: the swap makes ties of it, and ties move no weight."""
+    folder = str(make(tmp_path / "model", verdict="Image 1 is better."))
+    with serving(folder, tmp_path / "log") as url:
+        parts = go(tmp_path / "run", [url], tmp_path / "answers", config("train.iterations=2", "train.weight_decay=0"), model=folder,
+                   timeout=60)
+    for row in read_metrics(tmp_path / "run")[1:]:
+        assert (row["reward/judge/valid_rate"], row["reward/judge/mean"], row["reward/judge/swap_inconsistency"]) == (1, 0.5, 1)
+        assert row["credit/zero_spread_fraction"] == 1
+    assert not parts.policy.shift.any()
+
+
+@pytest.mark.slow
+def test_a_real_server_whose_judge_talks_nonsense_stops_the_run(tmp_path):
+    folder = str(make(tmp_path / "model"))
+    settings = config("train.groups=1", "train.group_size=2", "train.updates=1", "train.microbatch=2")
+    with serving(folder, tmp_path / "log") as url, pytest.raises(RewardFailureError, match="no score for any of 2 samples: 2 x truncated"):
+        go(tmp_path / "run", [url], tmp_path / "answers", settings, model=folder, timeout=120)
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None

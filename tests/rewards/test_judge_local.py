@@ -3,11 +3,6 @@
 import math
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from io import BytesIO
 
 import pytest
@@ -15,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.rewards.serving import serving
 from tests.rewards.tiny_judge import make
 from visalign.rewards.judges.images import png
 from visalign.rewards.judges.local import LocalModel
@@ -97,6 +93,13 @@ def test_rewards_over_a_model_in_this_process(judge, folder):
     assert words.reasons == ("truncated",)
 
 
+def test_a_judge_that_says_one_thing_says_it_in_this_process_too(tmp_path):
+    decided = LocalModel(str(make(tmp_path, verdict="Image 1 is better.")), device="cpu")
+    images = [Media("image", torch.full((3, 20, 30), level, dtype=torch.uint8)) for level in (0, 200)]
+    answer = PairwiseJudge(decided).compare(images, images[::-1], [Prompt("a")] * 2)
+    assert answer.prob_first.tolist() == [1.0, 1.0]
+
+
 def test_a_processor_without_a_chat_template(folder, tmp_path):
     for name in os.listdir(folder):
         if name != "chat_template.jinja":
@@ -116,26 +119,8 @@ def test_weights_that_are_missing_are_not_made_up(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def served(folder, tmp_path_factory):
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port),
-               "--device", "cpu"]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        try:
-            for _ in range(240):
-                assert process.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
+    with serving(folder, tmp_path_factory.mktemp("serve") / "log") as url:
+        yield url
 
 
 @pytest.mark.slow

@@ -20,9 +20,10 @@ TEMPLATE = ("{% for message in messages %}{{ message['role'] }}: {% if message['
 WORDS = ["Yes", "No", "1", "2", "Image", "is", "better", ".", ":", "user", "assistant", " "]
 
 
-def make(folder, extra_tokens=()):
-    """Write the model and its processor."""
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<end>", "<image>", *WORDS, *extra_tokens])}
+def make(folder, extra_tokens=(), verdict=None):
+    """Write the model and its processor; with a ``verdict`` that is all it ever says, whatever it is shown."""
+    spoken = [] if verdict is None else [verdict]
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "<unk>", "<end>", "<image>", *WORDS, *extra_tokens, *spoken])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\s|[^\w\s]"), "isolated")
     words.decoder = decoders.Fuse()
@@ -38,6 +39,20 @@ def make(folder, extra_tokens=()):
                        num_key_value_heads=2, pad_token_id=0, eos_token_id=2, bos_token_id=2, max_position_embeddings=4096)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=3, vision_feature_layer=-1,
                                                       eos_token_id=2, pad_token_id=0))
+    if verdict is not None:
+        say_only(model, after=vocabulary[" "], verdict=vocabulary[verdict], end=vocabulary["<end>"])
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     model.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def say_only(model, after, verdict, end):
+    """What follows depends on the last token alone: the verdict after a space (the generation prompt ends in one), then the end."""
+    layer = model.model.language_model.layers[0]
+    layer.self_attn.o_proj.weight.zero_()
+    layer.mlp.down_proj.weight.zero_()
+    embedding = model.get_input_embeddings().weight
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[verdict] = 10 * embedding[after] / embedding[after].norm()
+    model.lm_head.weight[end] = 10 * embedding[verdict] / embedding[verdict].norm()
