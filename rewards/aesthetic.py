@@ -36,9 +36,9 @@ class AestheticScore:
         Raises:
             ValueError: the head is not found, is no chain of linear layers, or reads embeddings of another length.
         """
+        weight, bias = fold_linear_layers(read_tensors(weights_file(head, reward=name, cache_dir=cache_dir)))
         self.encoder = open_clip_encoder(model, pretrained, name=name, resize_mode=resize_mode, batch_size=batch_size, device=device,
                                          cache_dir=cache_dir)
-        weight, bias = fold_linear_layers(read_tensors(weights_file(head, reward=name, cache_dir=cache_dir)))
         dims = self.encoder.texts(["x"]).shape[1]
         if len(weight) != dims:
             raise ValueError(f"reward '{name}': the head reads embeddings of length {len(weight)}, {model} gives {dims}; the published "

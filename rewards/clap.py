@@ -25,7 +25,9 @@ from torch.nn.functional import normalize
 from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
 from visalign.protocols import RewardSpec
+from visalign.rewards.dual_encoder import default_device
 from visalign.rewards.loudness import rms_dbfs
+from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 
@@ -47,8 +49,8 @@ class ClapScore:
             batch_size: windows per forward pass; does not change the scores.
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
         Raises:
-            ValueError: a value out of range, no soxr, or a tokenizer that turns different texts into the same tokens.
-            OSError: the model was not found.
+            ValueError: a value out of range, no soxr, a model that is not found or incomplete, or a tokenizer that turns different texts
+                into the same tokens.
         """
         if padding not in ("repeatpad", "repeat"):
             raise ValueError(f"padding '{padding}' is neither 'repeatpad' nor 'repeat'")
@@ -59,11 +61,11 @@ class ClapScore:
         except ImportError:
             raise ValueError(f"reward '{name}' resamples with soxr, which is not installed: pip install 'visalign[audio]'") from None
         self._resample = soxr.resample
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model: Any = ClapModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32)
-        self.model.requires_grad_(False).eval().to(self.device)
-        self.extractor: Any = AutoFeatureExtractor.from_pretrained(model, cache_dir=cache_dir)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
+        self.device = default_device(device)
+        owner = f"reward '{name}'"
+        self.model = pretrained_model(ClapModel, model, owner=owner, cache_dir=cache_dir).to(self.device)
+        self.extractor = pretrained(AutoFeatureExtractor, model, owner=owner, cache_dir=cache_dir)
+        self.tokenizer = pretrained(AutoTokenizer, model, owner=owner, cache_dir=cache_dir)
         text_config: Any = self.model.config.text_config
         _check_tokenizer(self.tokenizer, text_config.vocab_size, model)
         self.max_tokens: int = text_config.max_position_embeddings - 2  # RoBERTa counts positions from 2

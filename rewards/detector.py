@@ -81,7 +81,7 @@ class DetectedObjects:
         if reward not in ("soft", "strict") or counts not in ("exact", "at_least") or not 0 < threshold < 1:
             raise ValueError(f"reward '{reward}' must be soft or strict, counts '{counts}' exact or at_least, threshold {threshold} "
                              "between 0 and 1")
-        self.detector = Detector(detector, device=device, cache_dir=cache_dir)
+        self.detector = Detector(detector, owner=f"reward '{name}'", device=device, cache_dir=cache_dir)
         self.encoder = open_clip_encoder(clip, clip_pretrained, name=name, device=device, cache_dir=cache_dir)
         self.reward = reward
         self.counts: Literal["exact", "at_least"] = counts

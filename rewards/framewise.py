@@ -60,8 +60,7 @@ class FrameWise:
                                   [group_id[i] for i in row])
         values = scores.value.split(counts)
         valid = torch.stack([part.all() for part in scores.valid.split(counts)])
-        value = torch.stack([self._reduce(part) for part in values])
-        value = torch.where(valid, value, torch.nan)
+        value = torch.stack([self._reduce(part) for part in values])  # NaN where one frame is
         details = {key: torch.stack([part.mean() for part in detail.split(counts)]) for key, detail in scores.details.items()}
         starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
         details["worst_frame"] = torch.stack([part.argmin() for part in values]).float()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import Preprocessing, default_device
+from visalign.rewards.pretrained import pretrained
 from visalign.rewards.weights import fold_linear_layers, read_tensors, weights_file
 from visalign.types import Media, Prompt, Scores
 
@@ -59,7 +60,7 @@ class ImageReward:
         weight, bias = fold_linear_layers(tensors, prefix="mlp.layers.")
         self.weight, self.bias = (weight / STD).to(self.device), ((bias - MEAN) / STD).to(self.device)
         # AutoTokenizer raises where the vocabulary is missing; BertTokenizer would come up empty.
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer, cache_dir=cache_dir)
+        self.tokenizer = pretrained(AutoTokenizer, tokenizer, owner=f"reward '{name}'", cache_dir=cache_dir)
         vocabulary = self.text.config.vocab_size
         # The network was trained with two more tokens than the tokenizer has, which no prompt contains.
         if not vocabulary - 2 <= len(self.tokenizer) <= vocabulary:

@@ -69,6 +69,8 @@ class WinRate:
             swap: ask every pair in both orders and average, which removes position bias at twice the cost. A pair that fails in
                 one order is left out: half a swap is the bias itself.
         """
+        if isinstance(judge, str):
+            raise ValueError(f"judge '{judge}' is only a name; write judge: {{reward: {judge}, ...}} with its parameters")
         if not isinstance(judge, PairwiseReward):
             raise ValueError(f"{type(judge).__name__} compares nothing; lift a pointwise reward with "
                              "judge: {reward: bradley_terry, pointwise: {reward: ...}}")

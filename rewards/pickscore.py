@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import DualEncoder
+from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, Prompt, Scores
 
 
@@ -37,21 +38,17 @@ class PickScore:
             batch_size: images per forward pass; does not change the scores.
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
         Raises:
-            ValueError: an incomplete checkpoint, an empty tokenizer, or preprocessing other than resize of the shortest side, centre
-                crop, normalise.
-            OSError: no such folder, or the hub is out of reach.
+            ValueError: no such folder and the hub out of reach, an incomplete checkpoint, an empty tokenizer, or preprocessing other than
+                resize of the shortest side, centre crop, normalise.
         """
         from transformers import AutoTokenizer, CLIPModel
 
-        loaded: Any = CLIPModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True)
-        clip, found = loaded
-        if found["missing_keys"] or found["mismatched_keys"]:
-            raise ValueError(f"reward '{name}': {model} lacks {len(found['missing_keys'])} tensors of a CLIP model "
-                             f"({', '.join(sorted(found['missing_keys'])[:3])}, ...), which would stay random; give a complete checkpoint")
+        owner = f"reward '{name}'"
+        clip = pretrained_model(CLIPModel, model, owner=owner, cache_dir=cache_dir)
         # AutoTokenizer raises where the vocabulary is missing; CLIPTokenizer would come up empty.
-        tokenizer = AutoTokenizer.from_pretrained(processor, cache_dir=cache_dir)
+        tokenizer = pretrained(AutoTokenizer, processor, owner=owner, cache_dir=cache_dir)
         limit = int(clip.config.text_config.max_position_embeddings)
-        self.encoder = DualEncoder(_Towers(clip), _Tokenizer(tokenizer, limit), _preprocessing(processor, cache_dir), name=name,
+        self.encoder = DualEncoder(_Towers(clip), _Tokenizer(tokenizer, limit), _preprocessing(processor, owner, cache_dir), name=name,
                                    batch_size=batch_size, device=device)
         self.scale = float(clip.logit_scale.detach().double().exp())
         self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), differentiable=True, raw_range=(-self.scale, self.scale),
@@ -91,11 +88,11 @@ class _Tokenizer:
                               return_tensors="pt").input_ids
 
 
-def _preprocessing(processor: str, cache_dir: str | None) -> PreprocessCfg:
+def _preprocessing(processor: str, owner: str, cache_dir: str | None) -> PreprocessCfg:
     """The image steps of a transformers CLIP processor, as PIL takes them."""
     from transformers import AutoImageProcessor
 
-    found: Any = AutoImageProcessor.from_pretrained(processor, cache_dir=cache_dir)
+    found = pretrained(AutoImageProcessor, processor, owner=owner, cache_dir=cache_dir)
     size, crop = dict(found.size), dict(found.crop_size or {})
     side: Any = size.get("shortest_edge")
     usual = (found.do_resize and found.do_center_crop and found.do_rescale and found.do_normalize and side is not None

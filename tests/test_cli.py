@@ -236,6 +236,20 @@ def test_score_writes_a_table_and_a_row_per_sample(tmp_path: Path) -> None:
     assert "invalid" in rows[2]["brightness"]
 
 
+def test_score_refuses_prompts_and_pictures_by_the_rewards_name(tmp_path: Path) -> None:
+    wide = Media("image", torch.zeros(3, 8, 12, dtype=torch.uint8))
+    save_samples(tmp_path, [wide, wide], [Prompt("a red circle"), Prompt("a dream")], [0, 1])
+    refused = visalign("score", tmp_path, "-r", "captions")
+    assert refused.exit_code == 1
+    assert "reward 'captions', prompt 1: " in one_line(refused.stderr)
+    save_samples(tmp_path, [wide], [Prompt("a red circle")], [0])
+    refused = visalign("score", tmp_path, "-r", "captions")
+    assert refused.exit_code == 1
+    assert "while reward 'captions' scored 1 samples" in one_line(refused.stderr)
+    unmade = visalign("score", tmp_path, "-r", "{name: jpeg_compressibility, params: {quality: 200}}")
+    assert "while reward 'jpeg_compressibility' was made" in one_line(unmade.stderr)
+
+
 def test_scores_of_other_rewards_are_not_lost_and_out_may_be_in_a_new_folder(tmp_path: Path) -> None:
     save_samples(tmp_path, [Media("image", torch.zeros(3, 8, 8, dtype=torch.uint8))], [Prompt("a")], [0])
     (tmp_path / "mine.py").write_text("def one(media, prompts):\n    return [1.0 for _ in media]\n")

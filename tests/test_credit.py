@@ -187,6 +187,12 @@ class TestMissingScores:
                                  scored([*values, 0.0, 1.0, 2.0, 3.0]).valid, groups(2, 4))
         assert plain.dropped_groups == (0 if kept else 1)  # the same rule as the formula's own
 
+    @pytest.mark.parametrize("level", ["reward", "advantage"])
+    def test_a_group_of_one_compares_nothing(self, level):
+        result = assign_credit([term()], {"r": scored([5.0, 0.0, 1.0])}, torch.tensor([0, 1, 1]), AdvantageRule(level=level))
+        assert result.valid.tolist() == [False, True, True]
+        assert result.advantage[0] == 0
+
     def test_nothing_valid_gives_zeros_and_no_nan_metric(self):
         result = credit([None] * 4, groups(1, 4))
         assert (result.advantage == 0).all()

@@ -21,6 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from visalign.notes import noting
 from visalign.protocols import PairwiseReward, Reward, SetReward
 
 GROUP = "visalign.rewards"
@@ -57,7 +58,8 @@ def load_reward(target: str, /, **params: Any) -> Reward | PairwiseReward | SetR
     found = _find(target)
     if inspect.isclass(found):
         _check_params(target, _parameters(found), params)
-        reward = found(**params)
+        with noting(f"while reward '{target}' was made"):
+            reward = found(**params)
     elif isinstance(found, (Reward, PairwiseReward, SetReward)):
         _check_params(target, [], params)
         reward = found

@@ -21,11 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from visalign.protocols import RewardSpec
+from visalign.rewards.dual_encoder import default_device
 from visalign.rewards.judges.captions import fill
 from visalign.rewards.judges.images import files
 from visalign.rewards.judges.inquiry import scores_of
-from visalign.rewards.judges.local import load_whole
 from visalign.rewards.judges.question import Verdict
+from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, Prompt, Scores
 
 
@@ -51,9 +52,10 @@ class RewardTokenScore:
         """
         from transformers import AutoModel, AutoProcessor
 
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._processor: Any = AutoProcessor.from_pretrained(folder)
-        self._network = load_whole(AutoModel, folder, dtype).to(self.device)
+        self.device = default_device(device)
+        owner = f"reward '{name}'"
+        self._processor = pretrained(AutoProcessor, folder, owner=owner)
+        self._network = pretrained_model(AutoModel, folder, owner=owner, dtype=dtype).to(self.device)
         self.wording, self.readout, self.num_frames = wording, readout, num_frames
         self.axes = tuple(tokens)
         self._token_ids = [_token_id(self._processor.tokenizer, token, wording) for token in tokens.values()]

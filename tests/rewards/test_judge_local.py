@@ -113,7 +113,7 @@ def test_weights_that_are_missing_are_not_made_up(folder, tmp_path):
     weights = load_file(tmp_path / "cut" / "model.safetensors")
     save_file({name: tensor for name, tensor in weights.items() if "down_proj" not in name}, tmp_path / "cut" / "model.safetensors",
               {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights of a LlavaFor.*down_proj"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of a LlavaFor.*down_proj"):
         LocalModel(str(tmp_path / "cut"))
 
 
