@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -26,15 +27,21 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import default_device
+from visalign.rewards.licences import licence_of
 from visalign.rewards.loudness import rms_dbfs
 from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, MediaKind, Prompt, Scores
+
+MODEL = "laion/larger_clap_general"
 
 
 class ClapScore:
     """Prompt-audio agreement of one CLAP model."""
 
-    def __init__(self, model: str = "laion/larger_clap_general", *, hop_seconds: float | None = None,
+    spec = RewardSpec(name="clap", modality=frozenset({"audio"}), requires=frozenset({"prompt"}), raw_range=(-1.0, 1.0),
+                      model_ids=(MODEL,), licence=licence_of(MODEL))
+
+    def __init__(self, model: str = MODEL, *, hop_seconds: float | None = None,
                  padding: Literal["repeatpad", "repeat"] = "repeatpad", silence: float = -60.0, silence_value: float | None = None,
                  batch_size: int = 16, device: str | torch.device | None = None, cache_dir: str | None = None,
                  name: str = "clap") -> None:
@@ -78,8 +85,8 @@ class ClapScore:
         self.padding, self.silence, self.silence_value, self.batch_size = padding, silence, silence_value, batch_size
         self.name = f"clap:{model}"
         self.modality: frozenset[MediaKind] = frozenset({"audio"})
-        self.spec = RewardSpec(name=name, modality=self.modality, requires=frozenset({"prompt"}), raw_range=(-1.0, 1.0),
-                               model_ids=(model,), version=f"hop{self.hop / self.rate:g}-{padding}-silence{silence:g}")
+        self.spec = replace(self.spec, name=name, model_ids=(model,), licence=licence_of(model),
+                            version=f"hop{self.hop / self.rate:g}-{padding}-silence{silence:g}")
 
     @cached_property
     def hash(self) -> str:

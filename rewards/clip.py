@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import open_clip
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import DualEncoder, default_device, evenly_spaced
+from visalign.rewards.licences import licence_of
 from visalign.rewards.weights import fetching, tensors_alone
 from visalign.types import Media, Prompt, Scores
 
@@ -84,6 +86,11 @@ def model_ids(model: str, pretrained: str | None) -> tuple[str, ...]:
     return (model,) if bundled else (model, str(pretrained))
 
 
+def licence(model: str, pretrained: str | None) -> str:
+    """What ``RewardSpec.licence`` says of an open_clip model's weights."""
+    return licence_of(model_ids(model, pretrained)[-1])
+
+
 def _location(model: str) -> tuple[str, bool]:
     """The name open_clip takes, and whether it brings its weights along."""
     model = f"local-dir:{model}" if os.path.isdir(model) else model
@@ -92,6 +99,9 @@ def _location(model: str) -> tuple[str, bool]:
 
 class ClipScore:
     """Prompt-image agreement of one open_clip model, in float32."""
+
+    spec = RewardSpec(name="clip", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}), differentiable=True,
+                      raw_range=(-1.0, 1.0), model_ids=("ViT-L-14", "openai"), licence=licence_of("openai"))
 
     def __init__(self, model: str = "ViT-L-14", pretrained: str | None = "openai", *, resize_mode: ResizeMode | None = None,
                  video_frames: int = 0, batch_size: int = 64, device: str | torch.device | None = None,
@@ -109,9 +119,9 @@ class ClipScore:
         self.batch_size = batch_size
         self.video_frames = video_frames
         config = PreprocessCfg(**self.model.visual.preprocess_cfg)
-        self.spec = RewardSpec(
-            name=name, modality=frozenset({"image", "video"} if video_frames else {"image"}), requires=frozenset({"prompt"}),
-            differentiable=True, raw_range=(-1.0, 1.0), model_ids=model_ids(model, pretrained),
+        self.spec = replace(
+            self.spec, name=name, modality=frozenset({"image", "video"} if video_frames else {"image"}),
+            model_ids=model_ids(model, pretrained), licence=licence(model, pretrained),
             version=f"{config.resize_mode}-{config.interpolation}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:

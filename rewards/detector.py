@@ -22,7 +22,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -64,6 +64,8 @@ class DetectedObjects:
     """How far an image shows the objects asked for. Details: ``count``, ``color``, ``position``, ``exclude`` (NaN where not asked for)
     and ``strict``."""
 
+    spec = RewardSpec(name="objects", requires=frozenset({"include"}), raw_range=(0.0, 1.0))
+
     def __init__(self, detector: str, *, clip: str = "ViT-L-14", clip_pretrained: str | None = "openai",
                  reward: Literal["soft", "strict"] = "soft", counts: Literal["exact", "at_least"] = "exact", threshold: float = 0.3,
                  device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "objects") -> None:
@@ -86,8 +88,8 @@ class DetectedObjects:
         self.reward = reward
         self.counts: Literal["exact", "at_least"] = counts
         self.threshold = threshold
-        self.spec = RewardSpec(name=name, requires=frozenset({"include"}), raw_range=(0.0, 1.0),
-                               model_ids=(detector, *model_ids(clip, clip_pretrained)), version=f"{reward}-{counts}-{threshold:g}")
+        self.spec = replace(self.spec, name=name, model_ids=(detector, *model_ids(clip, clip_pretrained)),
+                            version=f"{reward}-{counts}-{threshold:g}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per image.

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.protocols import DifferentiableReward, Remembers, Reward
+from visalign.protocols import DifferentiableReward, Remembers, Reward, RewardSpec
 from visalign.rewards.dual_encoder import evenly_spaced
 from visalign.scoring import ChecksPrompts
 from visalign.types import Media, Prompt, Scores
@@ -27,6 +27,8 @@ class FrameWise:
 
     Details: the image reward's own, averaged, and ``worst_frame``, which of the frames looked at is worst.
     """
+
+    spec = RewardSpec(name="framewise", modality=frozenset({"image", "video"}))
 
     def __init__(self, image: Reward, num_frames: int = 8, reduce: Literal["mean", "min"] = "mean", name: str | None = None) -> None:
         """

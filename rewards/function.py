@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -23,6 +23,8 @@ class FunctionReward:
         def redness(media, prompts):
             return [sample.data[0].float().mean().item() / 255 for sample in media]
     """
+
+    spec = RewardSpec(name="function", modality=frozenset(get_args(MediaKind)))
 
     def __init__(self, function: ScoreFunction, name: str | None = None, modality: Sequence[MediaKind] = ("image",),
                  direction: Literal[1, -1] = 1, requires: Sequence[str] = ()) -> None:

@@ -18,6 +18,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import Preprocessing, default_device
+from visalign.rewards.licences import licence_of
 from visalign.rewards.pretrained import pretrained
 from visalign.rewards.weights import fold_linear_layers, read_tensors, weights_file
 from visalign.types import Media, Prompt, Scores
@@ -38,10 +40,16 @@ HEAD_WIDTH = 64  # of an attention head, in both towers of every BLIP
 VISION, TEXT = "blip.visual_encoder.", "blip.text_encoder."
 
 
+WEIGHTS, TOKENIZER = "THUDM/ImageReward/ImageReward.pt", "bert-base-uncased"
+
+
 class ImageReward:
     """ImageReward of images; for video wrap it in ``framewise``."""
 
-    def __init__(self, weights: str = "THUDM/ImageReward/ImageReward.pt", *, tokenizer: str = "bert-base-uncased", batch_size: int = 16,
+    spec = RewardSpec(name="imagereward", requires=frozenset({"prompt"}), differentiable=True, model_ids=(WEIGHTS, TOKENIZER),
+                      licence=licence_of(WEIGHTS, TOKENIZER))
+
+    def __init__(self, weights: str = WEIGHTS, *, tokenizer: str = TOKENIZER, batch_size: int = 16,
                  device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "imagereward") -> None:
         """
         Args:
@@ -69,8 +77,7 @@ class ImageReward:
         self.preprocessing = Preprocessing(PreprocessCfg(size=self.vision.config.image_size), name)
         self.batch_size = batch_size
         self._warned = False
-        self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), differentiable=True, model_ids=(weights, tokenizer),
-                               licence="Apache-2.0")
+        self.spec = replace(self.spec, name=name, model_ids=(weights, tokenizer), licence=licence_of(weights, tokenizer))
 
     @torch.no_grad()
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:

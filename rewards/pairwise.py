@@ -8,20 +8,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from visalign.maths.winrate import all_pairs, bradley_terry, combine_orders, d_regular, ring, win_rates
 from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec
-from visalign.types import Comparisons, Media, Prompt, Scores
+from visalign.types import Comparisons, Media, MediaKind, Prompt, Scores
 
 Pairs = Sequence[tuple[int, int]]
+ANY: frozenset[MediaKind] = frozenset(get_args(MediaKind))
 
 
 class BradleyTerry:
     """The preference a pointwise reward implies: ``P(i beats j) = sigmoid(scale (value_i - value_j))``."""
+
+    spec = RewardSpec(name="bradley_terry", arity="pairwise", modality=ANY, raw_range=(0.0, 1.0))
 
     def __init__(self, pointwise: Reward, scale: float = 1.0) -> None:
         """
@@ -60,6 +63,8 @@ class WinRate:
     that always prefers the same position).
     """
 
+    spec = RewardSpec(name="win_rate", arity="groupwise", modality=ANY, raw_range=(0.0, 1.0))
+
     def __init__(self, judge: PairwiseReward, schedule: Literal["all_pairs", "ring"] | int = "all_pairs", swap: bool = True,
                  name: str | None = None) -> None:
         """
@@ -79,9 +84,9 @@ class WinRate:
         self.judge = judge
         self.schedule = schedule
         self.swap = swap
-        self.spec = RewardSpec(
-            name=name or f"{judge.spec.name}_win_rate", arity="groupwise", modality=judge.spec.modality, requires=judge.spec.requires,
-            deterministic=judge.spec.deterministic, raw_range=(0.0, 1.0), model_ids=judge.spec.model_ids, licence=judge.spec.licence,
+        self.spec = replace(
+            self.spec, name=name or f"{judge.spec.name}_win_rate", modality=judge.spec.modality, requires=judge.spec.requires,
+            deterministic=judge.spec.deterministic, model_ids=judge.spec.model_ids, licence=judge.spec.licence,
             version=f"{judge.spec.version}-{schedule}-{'swap' if swap else 'one-order'}")
 
     def telemetry(self) -> Mapping[str, float]:

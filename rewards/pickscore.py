@@ -12,6 +12,7 @@ Source: Pick-a-Pic, arXiv:2305.01569.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,20 @@ from torch import Tensor, nn
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import DualEncoder
+from visalign.rewards.licences import licence_of
 from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, Prompt, Scores
+
+MODEL, PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
     """PickScore of images; for video wrap it in ``framewise``."""
 
-    def __init__(self, model: str = "yuvalkirstain/PickScore_v1", *, processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    spec = RewardSpec(name="pickscore", requires=frozenset({"prompt"}), differentiable=True, raw_range=(-100.0, 100.0),
+                      model_ids=(MODEL, PROCESSOR), licence=licence_of(MODEL, PROCESSOR))
+
+    def __init__(self, model: str = MODEL, *, processor: str = PROCESSOR,
                  batch_size: int = 64, device: str | torch.device | None = None, cache_dir: str | None = None,
                  name: str = "pickscore") -> None:
         """
@@ -51,8 +58,8 @@ class PickScore:
         self.encoder = DualEncoder(_Towers(clip), _Tokenizer(tokenizer, limit), _preprocessing(processor, owner, cache_dir), name=name,
                                    batch_size=batch_size, device=device)
         self.scale = float(clip.logit_scale.detach().double().exp())
-        self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), differentiable=True, raw_range=(-self.scale, self.scale),
-                               model_ids=(model, processor), licence="MIT")
+        self.spec = replace(self.spec, name=name, raw_range=(-self.scale, self.scale), model_ids=(model, processor),
+                            licence=licence_of(model, processor))
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """Scaled cosine of each image with its own prompt; each distinct prompt is encoded once."""

@@ -24,7 +24,7 @@ from visalign.quickstart import GUIDED, ROWS, pairwise_difference
 from visalign.quickstart import table as quickstart_table
 from visalign.types import Media, Prompt
 
-COMMANDS = ("train", "sample", "score", "inspect", "report", "env", "configs", "quickstart")
+COMMANDS = ("train", "sample", "score", "inspect", "report", "env", "configs", "quickstart", "rewards")
 
 
 def visalign(*words: str | Path) -> Result:
@@ -41,7 +41,7 @@ def test_help_lists_every_command_and_where_to_start() -> None:
     assert "visalign quickstart" in text
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "score", "inspect", "configs", "quickstart"])
+@pytest.mark.parametrize("command", ["train", "sample", "score", "rewards", "inspect", "configs", "quickstart"])
 def test_help_of_each_command_has_an_example_that_could_be_typed(command: str) -> None:
     result = visalign(command, "--help")
     assert result.exit_code == 0

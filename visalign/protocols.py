@@ -115,7 +115,8 @@ class Dynamics(Protocol):
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """What a reward is, declared rather than inherited.
+    """What a reward is, declared rather than inherited: on the class as far as it is known before anything is loaded (``visalign rewards``
+    shows that), on the instance with what its parameters say.
 
     Attributes:
         name: the key under which scores are logged.

@@ -1,9 +1,17 @@
-"""Two samples before one judge."""
+"""Two samples before one judge, by one of these templates:
+
+    verdict_token                                          the probabilities of "1" and "2" as the answer's first token
+    unified_reward_pair, unified_reward_pair_score         UnifiedReward: a sentence, with ties; shares of a point by axis
+    unified_reward_think, unified_reward_think_video       reasoning, then a verdict without ties
+    unified_reward_flex, unified_reward_flex_video         JSON with a winner by category
+    unified_reward_edit_pair, unified_reward_edit_pair_score     edits of the prompt's first condition image
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +39,9 @@ class PairwiseJudge:
     Both directions of a pair share their two questions, so ``WinRate`` around it asks nothing twice.
     """
 
+    spec = RewardSpec(name="pairwise_judge", arity="pairwise", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}),
+                      raw_range=(0.0, 1.0))
+
     def __init__(self, backend: Backend | Mapping[str, Any], template: str = "unified_reward_pair", *, wording: str | None = None,
                  both_orders: bool = False, num_frames: int = 8, max_side: int | None = None, repairs: int = 1,
                  name: str = "pairwise_judge") -> None:
@@ -54,9 +65,9 @@ class PairwiseJudge:
         self.both_orders = both_orders
         self.num_frames, self.max_side = num_frames, max_side
         self._inconsistency: dict[str, float] = {}
-        self.spec = RewardSpec(
-            name=name, arity="pairwise", modality=frozenset({self.template.modality}), requires=frozenset({"prompt"}), raw_range=(0.0, 1.0),
-            model_ids=(self.inquiry.backend.model,), version=f"{self.template.version}{'-both' if both_orders else ''}")
+        self.spec = replace(
+            self.spec, name=name, modality=frozenset({self.template.modality}), model_ids=(self.inquiry.backend.model,),
+            version=f"{self.template.version}{'-both' if both_orders else ''}")
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts without the source image that an edit is judged against."""

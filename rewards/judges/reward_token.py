@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,8 @@ from visalign.types import Media, Prompt, Scores
 
 class RewardTokenScore:
     """Scores images, or videos as frames, by a regression head in this process, in float32 after the language model."""
+
+    spec = RewardSpec(name="reward_token", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}))
 
     def __init__(self, folder: str, head: str, tokens: Mapping[str, str], wording: str, *, readout: Literal["first", "diagonal"] = "first",
                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None, modality: Literal["image", "video"] = "image",
@@ -68,8 +71,7 @@ class RewardTokenScore:
         self.mean, self.std = list(mean or [0.0] * len(tokens)), list(std or [1.0] * len(tokens))
         if len(self.mean) != len(tokens) or len(self.std) != len(tokens) or not all(value > 0 for value in self.std):
             raise ValueError(f"mean {self.mean} and std {self.std} need one number for each of {', '.join(tokens)}, std above 0")
-        self.spec = RewardSpec(name=name, modality=frozenset({modality}), requires=frozenset({"prompt"}), model_ids=(folder, head),
-                               version=readout)
+        self.spec = replace(self.spec, name=name, modality=frozenset({modality}), model_ids=(folder, head), version=readout)
 
     @torch.no_grad()
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
