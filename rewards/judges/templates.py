@@ -18,7 +18,7 @@ from typing import Literal
 from visalign.rewards.judges import parsers
 from visalign.rewards.judges.captions import CLOSE, NOTICE, OPEN
 from visalign.rewards.judges.question import Answer, Verdict
-from visalign.rewards.judges.tokens import share
+from visalign.rewards.judges.tokens import probability, share
 
 Read = Callable[[Answer], "Verdict | str"]
 
@@ -82,9 +82,9 @@ def _text(parse: Callable[[str], Verdict | None]) -> Read:
     return lambda answer: parse(answer.text) or "parse"
 
 
-def _shared(wanted: str, against: str) -> Read:
+def _token(measure: Callable[..., float | str], wanted: str, against: str) -> Read:
     def read(answer: Answer) -> Verdict | str:
-        value = share(answer.first_token, (wanted,), (against,))
+        value = measure(answer.first_token, (wanted,), (against,))
         return value if isinstance(value, str) else Verdict(value)
 
     return read
@@ -129,10 +129,11 @@ def _axes(name: str, modality: Literal["image", "video"], axes: tuple[str, ...],
 
 
 _PAIR_FORM = '"Image 1 is better.", "Image 2 is better." or "Both images are equally good."'
+_VQA = f"{_CAPTION}\nDoes the image show what the caption says? Answer yes or no."
 _EDIT_FORM = '{"reasoning": "...", "score": [a, b]}'
 
 TEMPLATES: tuple[Template, ...] = (
-    Template("verdict_token", "pair", "image", max_tokens=1, top_logprobs=20, read=_shared("1", "2"),
+    Template("verdict_token", "pair", "image", max_tokens=1, top_logprobs=20, read=_token(share, "1", "2"),
              wording=f"Two images, Image 1 and Image 2, were generated for one caption.\n{_CAPTION}\nWhich one fits the caption better and "
                      "looks better? Answer with the digit 1 or 2 and nothing else."),
     Template("unified_reward_pair", "pair", "image", max_tokens=512,
@@ -191,6 +192,7 @@ TEMPLATES: tuple[Template, ...] = (
                      f"{_EDIT_FORM}",
              read=_text(lambda text: parsers.listed_scores(text, ("success", "restraint"), 25, "geometric")),
              reminder=f"Give the JSON object alone: {_EDIT_FORM}"),
-    Template("vqa", "one", "image", max_tokens=1, top_logprobs=20, read=_shared("yes", "no"),
-             wording=f"{_CAPTION}\nDoes the image show what the caption says? Answer yes or no."),
+    # Two different numbers: P(yes) / (P(yes) + P(no)), and P(yes), which is VQAScore's.
+    Template("vqa", "one", "image", max_tokens=1, top_logprobs=20, read=_token(share, "yes", "no"), wording=_VQA),
+    Template("vqascore", "one", "image", max_tokens=1, top_logprobs=20, read=_token(probability, "yes", "no"), wording=_VQA),
 )
