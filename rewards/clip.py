@@ -19,7 +19,8 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 
 from visalign.protocols import RewardSpec
-from visalign.rewards.dual_encoder import DualEncoder, default_device, evenly_spaced
+from visalign.rewards.dual_encoder import DualEncoder, default_device
+from visalign.rewards.frames import evenly_spaced
 from visalign.rewards.licences import licence_of
 from visalign.rewards.weights import fetching, tensors_alone
 from visalign.types import Media, Prompt, Scores

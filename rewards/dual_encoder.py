@@ -147,11 +147,6 @@ def default_device(device: str | torch.device | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def evenly_spaced(length: int, num_frames: int) -> Tensor:
-    """Indices of at most ``num_frames`` of ``length`` frames, the first and the last among them."""
-    return torch.linspace(0, length - 1, min(num_frames, length)).round().long()
-
-
 def _resize_keep_ratio(pixels: Tensor, step: ResizeKeepRatio) -> Tensor:
     """open_clip's ``ResizeKeepRatio``, which reads PIL sizes only, for tensors."""
     ratios = [side / target for side, target in zip(pixels.shape[-2:], step.size, strict=True)]

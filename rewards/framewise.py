@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visalign.protocols import DifferentiableReward, Remembers, Reward, RewardSpec
-from visalign.rewards.dual_encoder import evenly_spaced
+from visalign.rewards.frames import evenly_spaced
 from visalign.scoring import ChecksPrompts
 from visalign.types import Media, Prompt, Scores
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.clip import ResizeMode, licence, model_ids, open_clip_encoder
-from visalign.rewards.dual_encoder import evenly_spaced
+from visalign.rewards.frames import evenly_spaced
 from visalign.rewards.licences import licence_of
 from visalign.types import Media, Prompt, Scores
 
