@@ -54,7 +54,8 @@ def open_clip_encoder(model: str, pretrained: str | None, *, name: str, resize_m
     tag = {} if bundled or pretrained is None else open_clip.get_pretrained_cfg(model, pretrained) or {}
     # A tag trained with QuickGELU loads into a plain GELU architecture with no more than a warning, and scores differ.
     location = model.partition(":")[2] if bundled else f"{model} with pretrained {pretrained}"
-    with fetching(owner, location), tensors_alone(location):
+    command = f"hf download {location}" if bundled else "this same command"
+    with fetching(owner, location, command), tensors_alone(location):
         network = open_clip.create_model(
             model, pretrained=None if bundled else pretrained, precision="fp32", device=device, cache_dir=cache_dir,
             require_pretrained=True, force_quick_gelu=bool(tag.get("quick_gelu", False)),

@@ -14,9 +14,12 @@ from torch import Tensor
 
 
 @contextmanager
-def fetching(owner: str, location: str) -> Iterator[None]:
+def fetching(owner: str, location: str, command: str | None = None) -> Iterator[None]:
     """What cannot be read from ``location``, a path or a name on the hub, is one message of ours.
 
+    Args:
+        owner: whom it is for.
+        command: what fetches it where there is a network; ``None`` is the hub's own for ``location``.
     Raises:
         ValueError: instead of the libraries' own errors; says what was wanted, for whom, and what to do.
     """
@@ -25,11 +28,13 @@ def fetching(owner: str, location: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "Failed to download" not in str(error):  # open_clip's way to say it
             raise
-        why = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split())[:200]
         if Path(location).expanduser().exists():
             raise ValueError(f"{owner}: {location} does not hold what is needed: {why}") from error
-        raise ValueError(f"{owner}: no {location} here, and the hub does not give it ({why}); give the path of a local copy, or fetch it "
-                         f"once where there is a network: hf download {location}") from error
+        if location.startswith(("/", ".", "~")):
+            raise ValueError(f"{owner}: no folder {location}; give the folder of a model, or ORG/REPO on the hub") from error
+        raise ValueError(f"{owner}: no {location} here, and the hub does not give it; give the path of a local copy, or fetch it once "
+                         f"where there is a network, with {command or f'hf download {location}'} ({why})") from error
 
 
 def weights_file(location: str, *, reward: str, cache_dir: str | None = None) -> Path:

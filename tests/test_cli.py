@@ -239,9 +239,15 @@ def test_score_writes_a_table_and_a_row_per_sample(tmp_path: Path) -> None:
 def test_score_refuses_prompts_and_pictures_by_the_rewards_name(tmp_path: Path) -> None:
     wide = Media("image", torch.zeros(3, 8, 12, dtype=torch.uint8))
     save_samples(tmp_path, [wide, wide], [Prompt("a red circle"), Prompt("a dream")], [0, 1])
-    refused = visalign("score", tmp_path, "-r", "captions")
+    (tmp_path / "picky.py").write_text("from visalign.rewards.function import FunctionReward\n"
+                                       "class Picky(FunctionReward):\n"
+                                       "    def __init__(self):\n"
+                                       "        super().__init__(lambda media, prompts: [1.0] * len(media), name='picky')\n"
+                                       "    def check_prompts(self, prompts):\n"
+                                       "        raise ValueError(f'picky, prompt {len(prompts) - 1}: no dreams')\n")
+    refused = visalign("score", tmp_path, "-r", f"{tmp_path}/picky.py:Picky")
     assert refused.exit_code == 1
-    assert "reward 'captions', prompt 1: " in one_line(refused.stderr)
+    assert "picky, prompt 1: no dreams" in one_line(refused.stderr)
     save_samples(tmp_path, [wide], [Prompt("a red circle")], [0])
     refused = visalign("score", tmp_path, "-r", "captions")
     assert refused.exit_code == 1

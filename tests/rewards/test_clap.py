@@ -129,6 +129,7 @@ def test_channels_are_averaged_and_every_sample_has_its_own_rate(clap):
     mixed = [sound(1.0), sound(1.0, rate=16000), sound(1.0, rate=44100)]
     alone = torch.cat([values(clap, [one], TEXTS[:1]).raw for one in mixed])
     torch.testing.assert_close(values(clap, mixed, TEXTS[:1] * 3).raw, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, alone[:1].expand(3), atol=0.02, rtol=0)  # one sound at three rates
     with pytest.raises(ValueError, match="audio without a rate"):
         clap.score([Media("audio", left)], [Prompt("a")], [0])
 
@@ -139,6 +140,11 @@ def test_rate_and_channels_do_not_matter(clap):
     assert values(clap, [sound(1.0, rate=44100)]).raw.item() == pytest.approx(original, abs=0.02)
     misread = Media("audio", sound(1.0, rate=44100).data, rate=RATE)
     assert abs(values(clap, [misread]).raw.item() - original) > 0.05
+
+
+def test_it_is_frozen_and_in_evaluation_mode(clap):
+    assert not clap.model.training
+    assert not any(parameter.requires_grad for parameter in clap.model.parameters())
 
 
 def test_silence_is_invalid_or_what_was_declared(folder, clap):
@@ -203,8 +209,10 @@ def test_wrong_models_and_settings_are_refused(tmp_path, folder):
         ClapScore(folder, padding="pad")
     with pytest.raises(ValueError, match="silence_value 3 is no cosine"):
         ClapScore(folder, silence_value=3)
-    with pytest.raises(ValueError, match=r"reward 'clap': no .*nowhere here, and the hub does not give it .*give the path of a local copy"):
+    with pytest.raises(ValueError, match=r"reward 'clap': no folder .*nowhere; give the folder of a model"):
         ClapScore(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"reward 'clap': no nobody/clap here, and the hub does not give it; .* hf download nobody/clap"):
+        ClapScore("nobody/clap", cache_dir=str(tmp_path))
 
 
 def test_an_incomplete_checkpoint_is_refused(folder, tmp_path):
