@@ -49,7 +49,8 @@ class ConsistencyJudge:
                  max_side: int | None = None, name: str = "consistency_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}; it must return log-probabilities.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``);
+                it must return log-probabilities.
             mode: "grid" compares the parts of a picture, "edit" a picture with the prompt's first condition image.
             grid: rows and columns of parts.
             criteria: {dimension: {id: text}}; "prompt" reads each prompt's ``metadata["criteria"]``; ``None`` asks for style, logic and

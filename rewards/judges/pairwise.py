@@ -43,13 +43,14 @@ class PairwiseJudge:
                       raw_range=(0.0, 1.0))
 
     def __init__(self, backend: Backend | Mapping[str, Any], template: str = "unified_reward_pair", *, wording: str | None = None,
-                 both_orders: bool = False, num_frames: int = 8, max_side: int | None = None, repairs: int = 1,
-                 name: str = "pairwise_judge") -> None:
+                 max_tokens: int | None = None, top_logprobs: int | None = None, both_orders: bool = False, num_frames: int = 8,
+                 max_side: int | None = None, repairs: int = 1, name: str = "pairwise_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``).
             template: how to ask and read, see ``templates``.
             wording: other words for the template, with ``{prompt}``.
+            max_tokens, top_logprobs: of an answer, other than the template's; some servers give 5 alternatives at most.
             both_orders: average the log-odds of both orders; for templates that read log-probabilities.
             num_frames: shown of each video.
             max_side: pictures are reduced to it; ``None`` sends them as they are.
@@ -57,7 +58,7 @@ class PairwiseJudge:
         Raises:
             ValueError: a parameter is wrong.
         """
-        self.template = named(template, "pair", wording)
+        self.template = named(template, "pair", wording, max_tokens, top_logprobs)
         if both_orders and not self.template.top_logprobs:
             raise ValueError(f"both_orders averages log-odds, which template '{template}' does not read; use template verdict_token, or "
                              "leave the swap to win_rate")

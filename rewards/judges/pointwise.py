@@ -29,19 +29,21 @@ class PointwiseJudge:
     spec = RewardSpec(name="pointwise_judge", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}), raw_range=(0.0, 1.0))
 
     def __init__(self, backend: Backend | Mapping[str, Any], template: str = "unified_reward_point", *, wording: str | None = None,
-                 num_frames: int = 8, max_side: int | None = None, repairs: int = 1, name: str = "pointwise_judge") -> None:
+                 max_tokens: int | None = None, top_logprobs: int | None = None, num_frames: int = 8,
+                 max_side: int | None = None, repairs: int = 1, name: str = "pointwise_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``).
             template: how to ask and read, see ``templates``.
             wording: other words for the template, with ``{prompt}``.
+            max_tokens, top_logprobs: of an answer, other than the template's; some servers give 5 alternatives at most.
             num_frames: shown of a video.
             max_side: pictures are reduced to it; ``None`` sends them as they are.
             repairs: how often an unreadable answer is asked about again.
         Raises:
             ValueError: a parameter is wrong.
         """
-        self.template = named(template, "one", wording)
+        self.template = named(template, "one", wording, max_tokens, top_logprobs)
         self.inquiry = Inquiry(backend_from(backend), repairs)
         self.num_frames, self.max_side = num_frames, max_side
         self.spec = replace(

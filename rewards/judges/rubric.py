@@ -57,7 +57,8 @@ class RubricJudge:
                  num_frames: int = 8, max_side: int | None = None, name: str = "rubric_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}; it must return log-probabilities and not think before it answers.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``);
+                it must return log-probabilities and not think before it answers.
             rubric: criteria for all prompts, {text, id, kind, weight, polarity}; ``None`` reads each prompt's own.
             gate: how hard rules count, "step" at ``threshold`` or "soft".
             top_logprobs: alternatives asked for; hosted servers allow 20 at most, some 5.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from visalign.rewards.judges.cache import AnswerCache, key_of
 from visalign.rewards.judges.completion import is_content_filter, read_completion, server_message
@@ -38,7 +38,7 @@ class _Batch:
 
 
 class ChatServer:
-    """Asks ``POST {base_url}/chat/completions`` at temperature 0.
+    """Asks ``POST {base_url}/chat/completions``.
 
     A question that gets no answer has a reason: "timeout" (the call's or the batch's time was over), "connection" (refused or closed),
     "garbage" (no completion came), "http CODE", "refused". What retrying may cure is retried, on another replica if there is one. While no
@@ -47,7 +47,9 @@ class ChatServer:
 
     def __init__(self, base_urls: str | Sequence[str], model: str, *, api_key_env: str | None = None, concurrency: int = 16,
                  timeout: float = 120.0, batch_timeout: float = 1800.0, retries: int = 3, pause: float = 0.5,
-                 cache_dir: str | Path | None = None, extra: Mapping[str, Any] | None = None) -> None:
+                 cache_dir: str | Path | None = None, temperature: float | None = 0.0,
+                 max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+                 extra: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             base_urls: of servers with the same model, each up to and including ``/v1``.
@@ -59,6 +61,8 @@ class ChatServer:
             retries: further calls for a question after the first.
             pause: seconds before the first retry, doubled for each further one, with jitter; a server's Retry-After goes first.
             cache_dir: keeps every answer; a question with an answer there is not asked again. ``None`` keeps none.
+            temperature: of the answers; ``None`` leaves it to the server, for models that take no other than their own.
+            max_tokens_field: what the server calls the length of an answer; newer hosted models know "max_completion_tokens" alone.
             extra: further fields of the request, e.g. {"chat_template_kwargs": {"enable_thinking": False}}.
         Raises:
             ValueError: names the argument that is out of range, or the environment variable that is missing.
@@ -72,7 +76,8 @@ class ChatServer:
         for name, seconds in (("timeout", timeout), ("batch_timeout", batch_timeout), ("pause", pause)):
             if not seconds > 0:
                 raise ValueError(f"{name} {seconds} must be above 0 seconds")
-        reserved = sorted({"model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs", "stream"} & set(extra or {}))
+        reserved = sorted({"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+                           "stream"} & set(extra or {}))
         if reserved:
             raise ValueError(f"extra sets {', '.join(reserved)}, which the judge sets itself; remove it")
         key = os.environ.get(api_key_env) if api_key_env else None
@@ -82,6 +87,7 @@ class ChatServer:
         self.concurrency, self.timeout, self.batch_timeout = concurrency, timeout, batch_timeout
         self.retries, self.pause = retries, pause
         self.extra = dict(extra or {})
+        self.temperature, self.max_tokens_field = temperature, max_tokens_field
         self.cache = AnswerCache(cache_dir) if cache_dir is not None else None
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._replicas = Replicas([url.rstrip("/") for url in urls])
@@ -109,7 +115,8 @@ class ChatServer:
         return replies
 
     def _request(self, question: Question) -> dict[str, Any]:
-        request = {"model": self.model, "messages": question.messages(), "temperature": 0, "max_tokens": question.max_tokens, **self.extra}
+        request = {"model": self.model, "messages": question.messages(), self.max_tokens_field: question.max_tokens, **self.extra}
+        request |= {} if self.temperature is None else {"temperature": self.temperature}
         return request | ({"logprobs": True, "top_logprobs": question.top_logprobs} if question.top_logprobs else {})
 
     def _reply(self, question: Question, batch: _Batch) -> Reply:

@@ -57,11 +57,13 @@ class Template:
         return f"{self.name}-{hashlib.sha256(self.wording.encode()).hexdigest()[:8]}"
 
 
-def template(name: str, subject: Literal["one", "pair"], wording: str | None = None) -> Template:
-    """The template of that name, with other words if given.
+def template(name: str, subject: Literal["one", "pair"], wording: str | None = None, max_tokens: int | None = None,
+             top_logprobs: int | None = None) -> Template:
+    """The template of that name, with other words, longer answers or fewer alternatives if given.
 
     Raises:
-        ValueError: an unknown name, a template for the other subject, or a wording without ``{prompt}`` where the caption matters.
+        ValueError: an unknown name, a template for the other subject, a wording without ``{prompt}`` where the caption matters, or numbers
+            that the template has no use for.
     """
     known = {one.name: one for one in TEMPLATES if one.subject == subject}
     if name not in known:
@@ -71,6 +73,15 @@ def template(name: str, subject: Literal["one", "pair"], wording: str | None = N
         raise ValueError(f"template '{name}' judges a {other}; use the other judge or one of {', '.join(sorted(known))}" if other else
                          f"unknown template '{name}'{hint}; known: {', '.join(sorted(known))}")
     found = known[name]
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens {max_tokens} must be at least 1")
+        found = replace(found, max_tokens=max_tokens)
+    if top_logprobs is not None:
+        if not found.top_logprobs or top_logprobs < 2:
+            raise ValueError(f"top_logprobs {top_logprobs}: template '{name}' reads " +
+                             ("at least 2 alternatives" if found.top_logprobs else "words, no log-probabilities"))
+        found = replace(found, top_logprobs=top_logprobs)
     if wording is None:
         return found
     if "{prompt}" in found.wording and "{prompt}" not in wording:

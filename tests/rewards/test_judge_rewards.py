@@ -104,6 +104,19 @@ def test_other_words_reach_the_judge_with_the_caption_in_its_place():
     assert text_of(server.requests[0]) == "Rate it for a red cat."
 
 
+def test_longer_answers_and_fewer_alternatives():
+    with MisbehavingServer([biased(0.0)]) as server:
+        compare(PairwiseJudge(backend(server), "verdict_token", top_logprobs=5, max_tokens=2), [(9, 3)])
+    assert (server.requests[0]["top_logprobs"], server.requests[0]["max_tokens"]) == (5, 2)
+    with MisbehavingServer(["Final Score: 3"]) as server:
+        PointwiseJudge(backend(server), max_tokens=2048).score([image(1)], [PROMPT], [0])
+    assert server.requests[0]["max_tokens"] == 2048
+    for options, match in (({"top_logprobs": 5}, "reads words, no log-probabilities"), ({"max_tokens": 0}, "max_tokens 0"),
+                           ({"template": "verdict_token", "top_logprobs": 1}, "at least 2 alternatives")):
+        with pytest.raises(ValueError, match=match):
+            PairwiseJudge({"base_urls": "http://a/v1", "model": "m"}, **options)
+
+
 def test_every_sample_is_encoded_once_however_many_pairs_it_is_in(monkeypatch):
     encoded = []
     monkeypatch.setattr("visalign.rewards.judges.pairwise.files", lambda sample, *_: encoded.append(sample) or files(sample, 8, None))
@@ -257,7 +270,10 @@ def test_edits_show_their_source(tmp_path):
     with MisbehavingServer(["Edited image 2 is better"]) as server:
         judge = PairwiseJudge(backend(server), "unified_reward_edit_pair")
         assert compare(judge, [(1, 2)], prompt).prob_first.tolist() == [0]
-    assert levels(server.requests[0]) == [7, 1, 2]
+        assert levels(server.requests[0]) == [7, 1, 2]
+        Image.new("RGB", (4, 4), (9, 9, 9)).save(source)  # another picture under the same path is another question
+        compare(judge, [(1, 2)], prompt)
+        assert levels(server.requests[1]) == [9, 1, 2]
     with pytest.raises(ValueError, match=r"prompt 0 .*shows the source image"):
         judge.check_prompts([PROMPT])
 

@@ -218,6 +218,15 @@ def test_what_is_sent():
     assert reply.answer.first_token == {"1": -0.1, "2": -2.3}
 
 
+def test_fields_that_hosted_models_call_otherwise(tmp_path):
+    with MisbehavingServer([GOOD]) as server:
+        reply, = client(server, temperature=None, max_tokens_field="max_completion_tokens", cache_dir=tmp_path).ask([question()])
+        assert client(server, cache_dir=tmp_path).ask([question()])[0].attempts == 1  # another decoding is another question
+    assert reply.answer.text == GOOD
+    assert {key: server.requests[0].get(key) for key in ("temperature", "max_tokens", "max_completion_tokens")} == {
+        "temperature": None, "max_tokens": None, "max_completion_tokens": 8}
+
+
 def test_the_key_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "secret")
     with MisbehavingServer([GOOD]) as server:
