@@ -5,6 +5,8 @@
     unified_reward_think, unified_reward_think_video       reasoning, then a verdict without ties
     unified_reward_flex, unified_reward_flex_video         JSON with a winner by category
     unified_reward_edit_pair, unified_reward_edit_pair_score     edits of the prompt's first condition image
+
+Sources: UnifiedReward, arXiv:2503.05236; its Think and Flex forms and win rates over them, arXiv:2505.03318, arXiv:2508.20751.
 """
 
 from __future__ import annotations
