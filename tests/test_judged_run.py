@@ -29,8 +29,8 @@ from tests.rewards.misbehaving_server import (
     completion,
     pictures,
 )
-from tests.rewards.serving import serving
 from tests.rewards.tiny_judge import make
+from tests.rewards.transformers_server import serving
 from visalign import checkpoint
 from visalign.credit import RewardFailureError
 from visalign.rewards.judges import replicas

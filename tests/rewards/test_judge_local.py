@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.rewards.serving import serving
 from tests.rewards.tiny_judge import make
+from tests.rewards.transformers_server import serving
 from visalign.rewards.judges.images import png
 from visalign.rewards.judges.local import LocalModel
 from visalign.rewards.judges.pairwise import PairwiseJudge
