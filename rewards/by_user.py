@@ -13,19 +13,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
-from typing import get_args
 
 import torch
 
-from visalign.protocols import Reward, RewardSpec
-from visalign.types import Media, MediaKind, Prompt, Scores
+from visalign.protocols import ALL_MEDIA, Reward, RewardSpec
+from visalign.types import Media, Prompt, Scores
 from visalign.users import KEY, mixture_of
 
 
 class ByUser:
     """Scores each sample by the reward of its prompt's user."""
 
-    spec = RewardSpec(name="by_user", modality=frozenset(get_args(MediaKind)))
+    spec = RewardSpec(name="by_user", modality=ALL_MEDIA)
 
     def __init__(self, users: Mapping[str, Reward], nobody: Reward | None = None, name: str = "by_user") -> None:
         """

@@ -8,23 +8,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from visalign.maths.winrate import all_pairs, bradley_terry, combine_orders, d_regular, ring, win_rates
-from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec
-from visalign.types import Comparisons, Media, MediaKind, Prompt, Scores
+from visalign.protocols import ALL_MEDIA, PairwiseReward, Reports, Reward, RewardSpec
+from visalign.types import Comparisons, Media, Prompt, Scores
 
 Pairs = Sequence[tuple[int, int]]
-ANY: frozenset[MediaKind] = frozenset(get_args(MediaKind))
 
 
 class BradleyTerry:
     """The preference a pointwise reward implies: ``P(i beats j) = sigmoid(scale (value_i - value_j))``."""
 
-    spec = RewardSpec(name="bradley_terry", arity="pairwise", modality=ANY, raw_range=(0.0, 1.0))
+    spec = RewardSpec(name="bradley_terry", arity="pairwise", modality=ALL_MEDIA, raw_range=(0.0, 1.0))
 
     def __init__(self, pointwise: Reward, scale: float = 1.0) -> None:
         """
@@ -63,7 +62,7 @@ class WinRate:
     that always prefers the same position).
     """
 
-    spec = RewardSpec(name="win_rate", arity="groupwise", modality=ANY, raw_range=(0.0, 1.0))
+    spec = RewardSpec(name="win_rate", arity="groupwise", modality=ALL_MEDIA, raw_range=(0.0, 1.0))
 
     def __init__(self, judge: PairwiseReward, schedule: Literal["all_pairs", "ring"] | int = "all_pairs", swap: bool = True,
                  name: str | None = None) -> None:

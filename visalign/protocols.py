@@ -26,6 +26,7 @@ from visalign.types import (
 )
 
 Arity = Literal["pointwise", "pairwise", "groupwise", "set"]
+ALL_MEDIA: frozenset[MediaKind] = frozenset({"image", "video", "audio", "mesh"})
 
 
 class Conditioning(Protocol):
@@ -168,7 +169,7 @@ class PairwiseReward(Protocol):
 class RecordedScores:
     """Stands for the scores that a preference data set holds; nothing can be asked."""
 
-    spec: RewardSpec = RewardSpec(name="preference", modality=frozenset({"image", "video", "audio", "mesh"}))
+    spec: RewardSpec = RewardSpec(name="preference", modality=ALL_MEDIA)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from visalign.commands import quiet_libraries
 from visalign.plugins import find_reward, requirement, reward_names
-from visalign.protocols import RewardSpec
+from visalign.protocols import ALL_MEDIA, RewardSpec
 
 JUDGED = {"pointwise": "samples", "pairwise": "pairs", "groupwise": "groups", "set": "sets"}
 
@@ -41,7 +41,7 @@ def table() -> Table:
             shown.add_row(name, "?", "?", escape(str(error)), style="dim")
             continue
         spec, needs = declared(found), f"; needs {requirement(point)}" if from_elsewhere(point) else ""
-        shown.add_row(name, "any" if spec is None or len(spec.modality) == 4 else ", ".join(sorted(spec.modality)),
+        shown.add_row(name, "any" if spec is None or spec.modality >= ALL_MEDIA else ", ".join(sorted(spec.modality)),
                       JUDGED.get(arity(found), ""), escape(summary(found) + needs))
     return shown
 
