@@ -12,18 +12,23 @@ Source: LAION-Aesthetics V2, github.com/christophschuhmann/improved-aesthetic-pr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.clip import ResizeMode, model_ids, open_clip_encoder
+from visalign.rewards.licences import licence_of
 from visalign.rewards.weights import fold_linear_layers, read_tensors, weights_file
 from visalign.types import Media, Prompt, Scores
 
 
 class AestheticScore:
     """Aesthetic rating of images; for video wrap it in ``framewise``."""
+
+    spec = RewardSpec(name="aesthetic", differentiable=True, model_ids=("ViT-L-14", "openai", "sac+logos+ava1-l14-linearMSE.pth"),
+                      licence=licence_of("openai", "sac+logos+ava1-l14-linearMSE.pth"))
 
     def __init__(self, head: str, *, model: str = "ViT-L-14", pretrained: str | None = "openai", resize_mode: ResizeMode | None = None,
                  batch_size: int = 64, device: str | torch.device | None = None, cache_dir: str | None = None,
@@ -36,15 +41,16 @@ class AestheticScore:
         Raises:
             ValueError: the head is not found, is no chain of linear layers, or reads embeddings of another length.
         """
+        weight, bias = fold_linear_layers(read_tensors(weights_file(head, reward=name, cache_dir=cache_dir)))
         self.encoder = open_clip_encoder(model, pretrained, name=name, resize_mode=resize_mode, batch_size=batch_size, device=device,
                                          cache_dir=cache_dir)
-        weight, bias = fold_linear_layers(read_tensors(weights_file(head, reward=name, cache_dir=cache_dir)))
         dims = self.encoder.texts(["x"]).shape[1]
         if len(weight) != dims:
             raise ValueError(f"reward '{name}': the head reads embeddings of length {len(weight)}, {model} gives {dims}; the published "
                              "head belongs to model ViT-L-14 with pretrained openai")
         self.weight, self.bias = weight.to(self.encoder.device), bias.to(self.encoder.device)
-        self.spec = RewardSpec(name=name, differentiable=True, model_ids=(*model_ids(model, pretrained), head), licence="Apache-2.0")
+        ids = model_ids(model, pretrained)
+        self.spec = replace(self.spec, name=name, model_ids=(*ids, head), licence=licence_of(ids[-1], head))
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One rating per image."""

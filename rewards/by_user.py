@@ -11,17 +11,20 @@ Source: PPD, arXiv:2501.06655.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 
 import torch
 
-from visalign.protocols import Reward, RewardSpec
+from visalign.protocols import ALL_MEDIA, Reward, RewardSpec
 from visalign.types import Media, Prompt, Scores
 from visalign.users import KEY, mixture_of
 
 
 class ByUser:
     """Scores each sample by the reward of its prompt's user."""
+
+    spec = RewardSpec(name="by_user", modality=ALL_MEDIA)
 
     def __init__(self, users: Mapping[str, Reward], nobody: Reward | None = None, name: str = "by_user") -> None:
         """
@@ -45,8 +48,8 @@ class ByUser:
             raise ValueError(f"by_user: its rewards read no common kind of media ({kinds})")
         self.users, self.nobody = {str(user): reward for user, reward in users.items()}, nobody
         groupwise = any(reward.spec.arity == "groupwise" for reward in rewards)
-        self.spec = RewardSpec(
-            name=name, arity="groupwise" if groupwise else "pointwise", modality=modality,
+        self.spec = replace(
+            self.spec, name=name, arity="groupwise" if groupwise else "pointwise", modality=modality,
             requires=frozenset({KEY} if nobody is None else ()), deterministic=all(reward.spec.deterministic for reward in rewards),
             model_ids=tuple(dict.fromkeys(model for reward in rewards for model in reward.spec.model_ids)),
             licence=", ".join(dict.fromkeys(reward.spec.licence for reward in rewards if reward.spec.licence)))

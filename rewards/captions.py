@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -19,6 +20,8 @@ class CaptionVerifier:
     can rise alone.
     """
 
+    spec = RewardSpec(name="captions", requires=frozenset({"prompt"}), raw_range=(0.0, 1.0))
+
     def __init__(self, metric: Literal["mean", "strict"] = "mean") -> None:
         """
         Args:
@@ -27,7 +30,7 @@ class CaptionVerifier:
         if metric not in ("mean", "strict"):
             raise ValueError(f"metric {metric!r} is neither 'mean' nor 'strict'")
         self.metric = metric
-        self.spec = RewardSpec(name="captions", requires=frozenset({"prompt"}), raw_range=(0.0, 1.0), version=metric)
+        self.spec = replace(self.spec, version=metric)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse captions outside the world's grammar.

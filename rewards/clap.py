@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -25,14 +26,22 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 
 from visalign.maths.loudness import rms_dbfs
 from visalign.protocols import RewardSpec
+from visalign.rewards.dual_encoder import default_device
 from visalign.rewards.encoders import weights_hash
+from visalign.rewards.licences import licence_of
+from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, MediaKind, Prompt, Scores
+
+MODEL = "laion/larger_clap_general"
 
 
 class ClapScore:
     """Prompt-audio agreement of one CLAP model."""
 
-    def __init__(self, model: str = "laion/larger_clap_general", *, hop_seconds: float | None = None,
+    spec = RewardSpec(name="clap", modality=frozenset({"audio"}), requires=frozenset({"prompt"}), raw_range=(-1.0, 1.0),
+                      model_ids=(MODEL,), licence=licence_of(MODEL))
+
+    def __init__(self, model: str = MODEL, *, hop_seconds: float | None = None,
                  padding: Literal["repeatpad", "repeat"] = "repeatpad", silence: float = -60.0, silence_value: float | None = None,
                  batch_size: int = 16, device: str | torch.device | None = None, cache_dir: str | None = None,
                  name: str = "clap") -> None:
@@ -47,8 +56,8 @@ class ClapScore:
             batch_size: windows per forward pass; does not change the scores.
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
         Raises:
-            ValueError: a value out of range, no soxr, or a tokenizer that turns different texts into the same tokens.
-            OSError: the model was not found.
+            ValueError: a value out of range, no soxr, a model that is not found or incomplete, or a tokenizer that turns different texts
+                into the same tokens.
         """
         if padding not in ("repeatpad", "repeat"):
             raise ValueError(f"padding '{padding}' is neither 'repeatpad' nor 'repeat'")
@@ -59,11 +68,11 @@ class ClapScore:
         except ImportError:
             raise ValueError(f"reward '{name}' resamples with soxr, which is not installed: pip install 'visalign[audio]'") from None
         self._resample = soxr.resample
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model: Any = ClapModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32)
-        self.model.requires_grad_(False).eval().to(self.device)
-        self.extractor: Any = AutoFeatureExtractor.from_pretrained(model, cache_dir=cache_dir)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
+        self.device = default_device(device)
+        owner = f"reward '{name}'"
+        self.model = pretrained_model(ClapModel, model, owner=owner, cache_dir=cache_dir).to(self.device)
+        self.extractor = pretrained(AutoFeatureExtractor, model, owner=owner, cache_dir=cache_dir)
+        self.tokenizer = pretrained(AutoTokenizer, model, owner=owner, cache_dir=cache_dir)
         text_config: Any = self.model.config.text_config
         _check_tokenizer(self.tokenizer, text_config.vocab_size, model)
         self.max_tokens: int = text_config.max_position_embeddings - 2  # RoBERTa counts positions from 2
@@ -76,8 +85,8 @@ class ClapScore:
         self.padding, self.silence, self.silence_value, self.batch_size = padding, silence, silence_value, batch_size
         self.name = f"clap:{model}"
         self.modality: frozenset[MediaKind] = frozenset({"audio"})
-        self.spec = RewardSpec(name=name, modality=self.modality, requires=frozenset({"prompt"}), raw_range=(-1.0, 1.0),
-                               model_ids=(model,), version=f"hop{self.hop / self.rate:g}-{padding}-silence{silence:g}")
+        self.spec = replace(self.spec, name=name, model_ids=(model,), licence=licence_of(model),
+                            version=f"hop{self.hop / self.rate:g}-{padding}-silence{silence:g}")
 
     @cached_property
     def hash(self) -> str:

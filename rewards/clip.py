@@ -7,8 +7,10 @@ Source: CLIPScore, arXiv:2104.08718 (without its 2.5 max(., 0), which only flatt
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import open_clip
@@ -19,6 +21,8 @@ from torch import Tensor
 from visalign.media import evenly_spaced
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import DualEncoder, default_device
+from visalign.rewards.licences import licence_of
+from visalign.rewards.weights import fetching, tensors_alone
 from visalign.types import Media, Prompt, Scores
 
 ResizeMode = Literal["shortest", "longest", "squash"]
@@ -39,27 +43,54 @@ def open_clip_encoder(model: str, pretrained: str | None, *, name: str, resize_m
         batch_size: images per forward pass; does not change the scores.
         device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
     Raises:
-        ValueError: no weights were named, or the tokenizer turns different texts into the same tokens.
+        ValueError: no such model or weights, none named, the hub out of reach, or a tokenizer that turns different texts into the same
+            tokens.
     """
     model, bundled = _location(model)
-    if not bundled and not pretrained:
-        raise ValueError(f"model '{model}' without pretrained would be random weights; name a tag of "
-                         f"{open_clip.list_pretrained_tags_by_model(model)} or a checkpoint file")
+    owner = f"reward '{name}'"
+    if not bundled:
+        _check_names(model, pretrained, owner)
     device = default_device(device)
     tag = {} if bundled or pretrained is None else open_clip.get_pretrained_cfg(model, pretrained) or {}
     # A tag trained with QuickGELU loads into a plain GELU architecture with no more than a warning, and scores differ.
-    network = open_clip.create_model(
-        model, pretrained=None if bundled else pretrained, precision="fp32", device=device, cache_dir=cache_dir,
-        require_pretrained=True, force_quick_gelu=bool(tag.get("quick_gelu", False)),
-        force_preprocess_cfg={"resize_mode": resize_mode} if resize_mode else None)
-    return DualEncoder(network, open_clip.get_tokenizer(model, cache_dir=cache_dir), PreprocessCfg(**network.visual.preprocess_cfg),
-                       name=name, batch_size=batch_size, device=device)
+    location = model.partition(":")[2] if bundled else f"{model} with pretrained {pretrained}"
+    command = f"hf download {location}" if bundled else "this same command"
+    with fetching(owner, location, command), tensors_alone(location):
+        network = open_clip.create_model(
+            model, pretrained=None if bundled else pretrained, precision="fp32", device=device, cache_dir=cache_dir,
+            require_pretrained=True, force_quick_gelu=bool(tag.get("quick_gelu", False)),
+            force_preprocess_cfg={"resize_mode": resize_mode} if resize_mode else None)
+        tokenizer = open_clip.get_tokenizer(model, cache_dir=cache_dir)
+    return DualEncoder(network, tokenizer, PreprocessCfg(**network.visual.preprocess_cfg), name=name, batch_size=batch_size, device=device)
+
+
+def _check_names(model: str, pretrained: str | None, owner: str) -> None:
+    """Refuse an architecture, a tag or a file that open_clip does not know, before anything is fetched."""
+    known = open_clip.list_models()
+    if model not in known:
+        close = difflib.get_close_matches(model, known, n=3)
+        raise ValueError(f"{owner}: '{model}' is neither a folder nor an architecture of open_clip"
+                         f"{f', did you mean {close[0]}?' if close else ''}; give a folder with open_clip_config.json and weights, "
+                         "hf-hub:ORG/REPO, or an architecture such as ViT-L-14 with pretrained")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if not pretrained:
+        raise ValueError(f"{owner}: model '{model}' without pretrained would be random weights; name a checkpoint file or a tag: "
+                         f"{', '.join(tags)}")
+    if not open_clip.get_pretrained_cfg(model, pretrained) and not os.path.isfile(pretrained):
+        close = difflib.get_close_matches(pretrained, tags, n=1)
+        raise ValueError(f"{owner}: '{pretrained}' is neither a file nor weights that open_clip has for {model}"
+                         f"{f', did you mean {close[0]}?' if close else ''}; tags: {', '.join(tags) or 'none'}")
 
 
 def model_ids(model: str, pretrained: str | None) -> tuple[str, ...]:
     """What ``RewardSpec.model_ids`` says of an open_clip model."""
     model, bundled = _location(model)
     return (model,) if bundled else (model, str(pretrained))
+
+
+def licence(model: str, pretrained: str | None) -> str:
+    """What ``RewardSpec.licence`` says of an open_clip model's weights."""
+    return licence_of(model_ids(model, pretrained)[-1])
 
 
 def _location(model: str) -> tuple[str, bool]:
@@ -70,6 +101,9 @@ def _location(model: str) -> tuple[str, bool]:
 
 class ClipScore:
     """Prompt-image agreement of one open_clip model, in float32."""
+
+    spec = RewardSpec(name="clip", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}), differentiable=True,
+                      raw_range=(-1.0, 1.0), model_ids=("ViT-L-14", "openai"), licence=licence_of("openai"))
 
     def __init__(self, model: str = "ViT-L-14", pretrained: str | None = "openai", *, resize_mode: ResizeMode | None = None,
                  video_frames: int = 0, batch_size: int = 64, device: str | torch.device | None = None,
@@ -86,9 +120,9 @@ class ClipScore:
         self.model = self.encoder.model
         self.video_frames = video_frames
         config = PreprocessCfg(**self.model.visual.preprocess_cfg)
-        self.spec = RewardSpec(
-            name=name, modality=frozenset({"image", "video"} if video_frames else {"image"}), requires=frozenset({"prompt"}),
-            differentiable=True, raw_range=(-1.0, 1.0), model_ids=model_ids(model, pretrained),
+        self.spec = replace(
+            self.spec, name=name, modality=frozenset({"image", "video"} if video_frames else {"image"}),
+            model_ids=model_ids(model, pretrained), licence=licence(model, pretrained),
             version=f"{config.resize_mode}-{config.interpolation}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:

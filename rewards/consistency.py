@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,15 @@ from torch import Tensor
 
 from visalign.media import load_media
 from visalign.protocols import RewardSpec
-from visalign.rewards.clip import ResizeMode, model_ids, open_clip_encoder
+from visalign.rewards.clip import ResizeMode, licence, model_ids, open_clip_encoder
+from visalign.rewards.licences import licence_of
 from visalign.types import Media, Prompt, Scores
 
 
 class SetConsistency:
     """Mean similarity within a set of images. Details: ``farthest_pair`` and ``closest_pair``, the extreme similarities."""
+
+    spec = RewardSpec(name="consistency", raw_range=(-1.0, 1.0), model_ids=("ViT-L-14", "openai"), licence=licence_of("openai"))
 
     def __init__(self, model: str = "ViT-L-14", pretrained: str | None = "openai", *, grid: Sequence[int] | None = None,
                  sources: bool = False, ceiling: float = 1.0, resize_mode: ResizeMode | None = "longest", batch_size: int = 64,
@@ -54,9 +58,9 @@ class SetConsistency:
         self.grid = None if grid is None else _grid(grid)
         self.sources = sources
         self.ceiling = ceiling
-        self.spec = RewardSpec(name=name, requires=frozenset({"grid"} if grid is None else ()), raw_range=(-1.0, ceiling),
-                               model_ids=model_ids(model, pretrained),
-                               version=f"{grid or 'metadata'}-{'sources' if sources else 'panels'}-{ceiling:g}")
+        self.spec = replace(self.spec, name=name, requires=frozenset({"grid"} if grid is None else ()), raw_range=(-1.0, ceiling),
+                            model_ids=model_ids(model, pretrained), licence=licence(model, pretrained),
+                            version=f"{grid or 'metadata'}-{'sources' if sources else 'panels'}-{ceiling:g}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per sample; an image that its grid does not divide loses the rows and columns left over.

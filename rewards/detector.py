@@ -23,7 +23,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -74,6 +74,8 @@ class DetectedObjects:
     """How far an image shows the objects asked for. Details: ``count``, ``color``, ``position``, ``exclude`` (NaN where not asked for),
     ``strict`` and ``correct``."""
 
+    spec = RewardSpec(name="objects", requires=frozenset({"include"}), raw_range=(0.0, 1.0))
+
     def __init__(self, detector: str | SeesObjects, *, clip: str = "ViT-L-14", clip_pretrained: str | None = "openai",
                  reward: Literal["soft", "strict"] = "soft", counts: Counts = "exact", threshold: float = 0.3,
                  device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "objects") -> None:
@@ -92,14 +94,14 @@ class DetectedObjects:
         if reward not in ("soft", "strict") or counts not in ("exact", "at_least") or not 0 < threshold < 1:
             raise ValueError(f"reward '{reward}' must be soft or strict, counts '{counts}' exact or at_least, threshold {threshold} "
                              "between 0 and 1")
-        self.detector: SeesObjects = Detector(detector, device=device, cache_dir=cache_dir) if isinstance(detector, str) else detector
+        self.detector: SeesObjects = (Detector(detector, owner=f"reward '{name}'", device=device, cache_dir=cache_dir)
+                                      if isinstance(detector, str) else detector)
         self.encoder = open_clip_encoder(clip, clip_pretrained, name=name, device=device, cache_dir=cache_dir)
         self.reward = reward
         self.counts: Counts = counts
         self.threshold = threshold
-        self.spec = RewardSpec(name=name, requires=frozenset({"include"}), raw_range=(0.0, 1.0),
-                               model_ids=(self.detector.model_id, *model_ids(clip, clip_pretrained)),
-                               version=f"{reward}-{counts}-{threshold:g}")
+        self.spec = replace(self.spec, name=name, model_ids=(self.detector.model_id, *model_ids(clip, clip_pretrained)),
+                            version=f"{reward}-{counts}-{threshold:g}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per image.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from visalign.rewards.dual_encoder import default_device
+from visalign.rewards.pretrained import pretrained, pretrained_model
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,14 @@ class SeesObjects(Protocol):
 class Detector:
     """A detector with boxes or with instance masks; which one, its configuration says."""
 
-    def __init__(self, model: str, *, device: str | torch.device | None = None, cache_dir: str | None = None) -> None:
+    def __init__(self, model: str, *, owner: str = "detector", device: str | torch.device | None = None,
+                 cache_dir: str | None = None) -> None:
         """
         Args:
             model: folder or hub id.
+            owner: whom it is for, in errors.
         Raises:
-            ValueError: no detector, or one whose checkpoint is incomplete.
-            OSError: no such folder, or the hub is out of reach.
+            ValueError: no such folder and the hub out of reach, no detector, or one whose checkpoint is incomplete.
         """
         from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection, AutoModelForUniversalSegmentation
         from transformers.models.auto.modeling_auto import (
@@ -50,19 +52,15 @@ class Detector:
         )
 
         self.model_id = model
-        config: Any = AutoConfig.from_pretrained(model, cache_dir=cache_dir)
+        config = pretrained(AutoConfig, model, owner=owner, cache_dir=cache_dir)
         self.segments = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING
         if not self.segments and type(config) not in MODEL_FOR_OBJECT_DETECTION_MAPPING:
-            raise ValueError(f"{model} is a {config.model_type}; expected an object detector (detr, rt_detr, yolos, ...) or an instance "
-                             "segmenter (mask2former)")
+            raise ValueError(f"{owner}: {model} is a {config.model_type}; expected an object detector (detr, rt_detr, yolos, ...) or an "
+                             "instance segmenter (mask2former)")
         auto: Any = AutoModelForUniversalSegmentation if self.segments else AutoModelForObjectDetection
-        self.model, found = auto.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True)
-        if found["missing_keys"] or found["mismatched_keys"]:
-            raise ValueError(f"{model} lacks {len(found['missing_keys'])} tensors ({', '.join(sorted(found['missing_keys'])[:3])}, ...), "
-                             "which would stay random; give a complete checkpoint")
         self.device = default_device(device)
-        self.model.to(self.device).requires_grad_(False).eval()
-        self.processor: Any = AutoImageProcessor.from_pretrained(model, cache_dir=cache_dir)
+        self.model = pretrained_model(auto, model, owner=owner, cache_dir=cache_dir).to(self.device)
+        self.processor = pretrained(AutoImageProcessor, model, owner=owner, cache_dir=cache_dir)
         self.names = {int(index): str(label).lower() for index, label in config.id2label.items()}
         self.labels: Sequence[str] = tuple(dict.fromkeys(self.names.values()))
 

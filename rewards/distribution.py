@@ -18,6 +18,7 @@ from visalign.maths.extrapolation import frechet_at_infinity
 from visalign.maths.frechet import Moments, frechet_distance
 from visalign.maths.influence import frechet_influence
 from visalign.maths.set_objectives import FrechetObjective, VendiObjective
+from visalign.protocols import ALL_MEDIA, RewardSpec
 from visalign.rewards.exemplars import Exemplars, load_exemplars
 from visalign.rewards.memory import Keep
 from visalign.rewards.set_level import CreditRule, SetLevelReward, unit_features
@@ -32,6 +33,8 @@ class FrechetDistance(SetLevelReward):
     While a set with its memory spans no more dimensions than it has members, credit "influence" is computed as "leave_one_out": there
     every member holds a dimension of its own, and removing it is no small change.
     """
+
+    spec = RewardSpec(name="frechet_distance", arity="set", modality=ALL_MEDIA)
 
     def __init__(self, encoder: Any, reference: str | Path, *, credit: CreditRule = "membership", memory: int = 0, keep: Keep = "newest",
                  shrinkage: float = 0.0, sweeps: int = 2, modality: Sequence[MediaKind] | None = None, seed: int = 0,
@@ -98,6 +101,8 @@ class VendiScore(SetLevelReward):
     """Effective number of different samples in a set, by the cosine of their features; needs no exemplars."""
 
     rules = ("membership", "leave_one_out")
+
+    spec = RewardSpec(name="vendi", arity="set", modality=ALL_MEDIA)
 
     def __init__(self, encoder: Any, *, q: float = 1.0, credit: CreditRule = "membership", memory: int = 0, keep: Keep = "newest",
                  sweeps: int = 2, modality: Sequence[MediaKind] | None = None, seed: int = 0, name: str = "vendi") -> None:

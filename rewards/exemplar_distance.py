@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from visalign.maths.frechet import Gaussian, Moments, frechet_distance, mahalanobis, point_distances
-from visalign.protocols import RewardSpec
+from visalign.protocols import ALL_MEDIA, RewardSpec
 from visalign.rewards.encoders import as_encoder
 from visalign.rewards.exemplars import Exemplars, load_exemplars
 from visalign.types import Media, MediaKind, Prompt, Scores
@@ -26,6 +26,8 @@ class ExemplarDistance:
                          a sample of one frame, such as an image, has S = 0:  |x - mu|^2 + tr C
         "mahalanobis"    mean over frames of (x - mu)^T C^{-1} (x - mu), minus twice the log-density without its constant
     """
+
+    spec = RewardSpec(name="exemplar_distance", modality=ALL_MEDIA, direction=-1, raw_range=(0.0, float("inf")))
 
     def __init__(self, encoder: Any, reference: str | Path, *, distance: Literal["frechet", "mahalanobis"] = "frechet",
                  shrinkage: float = 0.0, modality: Sequence[MediaKind] | None = None, name: str = "exemplar_distance") -> None:

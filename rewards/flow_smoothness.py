@@ -20,6 +20,7 @@ Source: VBench, arXiv:2311.17982 (motion smoothness and dynamic degree, there tw
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,8 @@ GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 class FlowSmoothness:
     """Smoothness of a video's motion times how far it reaches the motion asked for. Details: ``smoothness``, ``motion``, ``dynamics``."""
+
+    spec = RewardSpec(name="flow_smoothness", modality=frozenset({"video"}), raw_range=(0.0, 1.0))
 
     def __init__(self, weights: str | None = None, *, architecture: Literal["raft_large", "raft_small"] = "raft_large", size: int = 256,
                  threshold: float = 6 / 256, batch_size: int = 8, device: str | torch.device | None = None, cache_dir: str | None = None,
@@ -68,10 +71,8 @@ class FlowSmoothness:
         self.size = size
         self.threshold = threshold
         self.batch_size = batch_size
-        self.spec = RewardSpec(name=name, modality=frozenset({"video"}), raw_range=(0.0, 1.0),
-                               model_ids=() if weights is None else (architecture, weights),
-                               licence="" if weights is None else "BSD-3-Clause",
-                               version=f"{'lucas-kanade' if weights is None else architecture}-{size}-{threshold:.4g}")
+        self.spec = replace(self.spec, name=name, model_ids=() if weights is None else (architecture, weights),
+                            version=f"{'lucas-kanade' if weights is None else architecture}-{size}-{threshold:.4g}")
 
     @torch.no_grad()
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from visalign.media import evenly_spaced
-from visalign.protocols import DifferentiableReward, Remembers, Reward
+from visalign.protocols import DifferentiableReward, Remembers, Reward, RewardSpec
 from visalign.scoring import ChecksPrompts
 from visalign.types import Media, Prompt, Scores
 
@@ -27,6 +27,8 @@ class FrameWise:
 
     Details: the image reward's own, averaged, and ``worst_frame``, which of the frames looked at is worst.
     """
+
+    spec = RewardSpec(name="framewise", modality=frozenset({"image", "video"}))
 
     def __init__(self, image: Reward, num_frames: int = 8, reduce: Literal["mean", "min"] = "mean", name: str | None = None) -> None:
         """
@@ -60,8 +62,7 @@ class FrameWise:
                                   [group_id[i] for i in row])
         values = scores.value.split(counts)
         valid = torch.stack([part.all() for part in scores.valid.split(counts)])
-        value = torch.stack([self._reduce(part) for part in values])
-        value = torch.where(valid, value, torch.nan)
+        value = torch.stack([self._reduce(part) for part in values])  # NaN where one frame is
         details = {key: torch.stack([part.mean() for part in detail.split(counts)]) for key, detail in scores.details.items()}
         starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
         details["worst_frame"] = torch.stack([part.argmin() for part in values]).float()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from visalign.protocols import RewardSpec
+from visalign.protocols import ALL_MEDIA, RewardSpec
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 ScoreFunction = Callable[[Sequence[Media], Sequence[Prompt]], Sequence[float | None]]
@@ -23,6 +23,8 @@ class FunctionReward:
         def redness(media, prompts):
             return [sample.data[0].float().mean().item() / 255 for sample in media]
     """
+
+    spec = RewardSpec(name="function", modality=ALL_MEDIA)
 
     def __init__(self, function: ScoreFunction, name: str | None = None, modality: Sequence[MediaKind] = ("image",),
                  direction: Literal[1, -1] = 1, requires: Sequence[str] = ()) -> None:

@@ -12,20 +12,27 @@ Source: Human Preference Score v2, arXiv:2306.09341.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.clip import ResizeMode, open_clip_encoder
+from visalign.rewards.licences import licence_of
 from visalign.rewards.weights import weights_file
 from visalign.types import Media, Prompt, Scores
+
+WEIGHTS = "xswu/HPSv2/HPS_v2.1_compressed.pt"
 
 
 class HumanPreferenceScore:
     """HPS v2 of images, from its published state dict in open_clip's own architecture; for video wrap it in ``framewise``."""
 
-    def __init__(self, weights: str = "xswu/HPSv2/HPS_v2.1_compressed.pt", *, model: str = "ViT-H-14", resize_mode: ResizeMode = "longest",
+    spec = RewardSpec(name="hps", requires=frozenset({"prompt"}), differentiable=True, raw_range=(-1.0, 1.0),
+                      model_ids=("ViT-H-14", WEIGHTS), licence=licence_of(WEIGHTS))
+
+    def __init__(self, weights: str = WEIGHTS, *, model: str = "ViT-H-14", resize_mode: ResizeMode = "longest",
                  batch_size: int = 64, device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "hps") -> None:
         """
         Args:
@@ -39,8 +46,7 @@ class HumanPreferenceScore:
         path = weights_file(weights, reward=name, cache_dir=cache_dir)
         self.encoder = open_clip_encoder(model, str(path), name=name, resize_mode=resize_mode, batch_size=batch_size, device=device,
                                          cache_dir=cache_dir)
-        self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), differentiable=True, raw_range=(-1.0, 1.0),
-                               model_ids=(model, weights), licence="Apache-2.0", version=resize_mode)
+        self.spec = replace(self.spec, name=name, model_ids=(model, weights), licence=licence_of(weights), version=resize_mode)
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """Cosine of each image with its own prompt; each distinct prompt is encoded once."""

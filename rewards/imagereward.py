@@ -18,6 +18,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import Preprocessing, default_device
+from visalign.rewards.licences import licence_of
+from visalign.rewards.pretrained import pretrained
 from visalign.rewards.weights import fold_linear_layers, read_tensors, weights_file
 from visalign.types import Media, Prompt, Scores
 
@@ -37,10 +40,16 @@ HEAD_WIDTH = 64  # of an attention head, in both towers of every BLIP
 VISION, TEXT = "blip.visual_encoder.", "blip.text_encoder."
 
 
+WEIGHTS, TOKENIZER = "THUDM/ImageReward/ImageReward.pt", "bert-base-uncased"
+
+
 class ImageReward:
     """ImageReward of images; for video wrap it in ``framewise``."""
 
-    def __init__(self, weights: str = "THUDM/ImageReward/ImageReward.pt", *, tokenizer: str = "bert-base-uncased", batch_size: int = 16,
+    spec = RewardSpec(name="imagereward", requires=frozenset({"prompt"}), differentiable=True, model_ids=(WEIGHTS, TOKENIZER),
+                      licence=licence_of(WEIGHTS, TOKENIZER))
+
+    def __init__(self, weights: str = WEIGHTS, *, tokenizer: str = TOKENIZER, batch_size: int = 16,
                  device: str | torch.device | None = None, cache_dir: str | None = None, name: str = "imagereward") -> None:
         """
         Args:
@@ -59,7 +68,7 @@ class ImageReward:
         weight, bias = fold_linear_layers(tensors, prefix="mlp.layers.")
         self.weight, self.bias = (weight / STD).to(self.device), ((bias - MEAN) / STD).to(self.device)
         # AutoTokenizer raises where the vocabulary is missing; BertTokenizer would come up empty.
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer, cache_dir=cache_dir)
+        self.tokenizer = pretrained(AutoTokenizer, tokenizer, owner=f"reward '{name}'", cache_dir=cache_dir)
         vocabulary = self.text.config.vocab_size
         # The network was trained with two more tokens than the tokenizer has, which no prompt contains.
         if not vocabulary - 2 <= len(self.tokenizer) <= vocabulary:
@@ -68,8 +77,7 @@ class ImageReward:
         self.preprocessing = Preprocessing(PreprocessCfg(size=self.vision.config.image_size), name)
         self.batch_size = batch_size
         self._warned = False
-        self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), differentiable=True, model_ids=(weights, tokenizer),
-                               licence="Apache-2.0")
+        self.spec = replace(self.spec, name=name, model_ids=(weights, tokenizer), licence=licence_of(weights, tokenizer))
 
     @torch.no_grad()
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:

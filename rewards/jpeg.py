@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from PIL import Image
 from torch import Tensor
@@ -29,7 +29,6 @@ class _JpegSize:
     """Raw score: kB (1000 bytes) per frame, or bytes per pixel with ``per_pixel=True``; a video is the mean over its frames."""
 
     spec: RewardSpec
-    _base: ClassVar[RewardSpec]
 
     def __init__(self, quality: int = 95, per_pixel: bool = False) -> None:
         """
@@ -41,7 +40,7 @@ class _JpegSize:
             raise ValueError(f"quality {quality} is outside 1..95; published results use 95")
         self.quality = quality
         self.per_pixel = per_pixel
-        self.spec = replace(self._base, version=f"q{quality}" + ("-per-pixel" if per_pixel else ""))
+        self.spec = replace(self.spec, version=f"q{quality}" + ("-per-pixel" if per_pixel else ""))
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """Sizes of all samples.
@@ -74,10 +73,10 @@ def _spec(name: str, direction: Literal[1, -1]) -> RewardSpec:
 class JpegCompressibility(_JpegSize):
     """Rewards small files: images become flat."""
 
-    _base = _spec("jpeg_compressibility", -1)
+    spec = _spec("jpeg_compressibility", -1)
 
 
 class JpegIncompressibility(_JpegSize):
     """Rewards large files: images fill with texture."""
 
-    _base = _spec("jpeg_incompressibility", 1)
+    spec = _spec("jpeg_incompressibility", 1)

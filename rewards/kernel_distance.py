@@ -33,6 +33,7 @@ from visalign.maths.mmd import (
     mmd2_over_subsets,
 )
 from visalign.maths.set_objectives import KernelObjective
+from visalign.protocols import ALL_MEDIA, RewardSpec
 from visalign.rewards.exemplars import Exemplars, load_exemplars
 from visalign.rewards.memory import Keep
 from visalign.rewards.set_level import CreditRule, SetLevelReward, unit_features
@@ -119,6 +120,7 @@ class KID(KernelDistance):
     """Kernel distance with KID's polynomial kernel; it is *KID* with Inception features."""
 
     metric = "KID"
+    spec = RewardSpec(name="kid", arity="set", modality=ALL_MEDIA)
 
     def __init__(self, encoder: Any, reference: str | Path, *, num_subsets: int = 100, subset_size: int = 1000,
                  credit: CreditRule = "membership", memory: int = 0, keep: Keep = "newest", sweeps: int = 2,
@@ -147,6 +149,7 @@ class KAD(KernelDistance):
     """Kernel audio distance; the bandwidth comes with the exemplars."""
 
     metric = "KAD"
+    spec = RewardSpec(name="kad", arity="set", modality=ALL_MEDIA)
     scale = 100.0
 
     def kernel(self, exemplars: Exemplars) -> Kernel:
@@ -158,6 +161,7 @@ class CMMD(KernelDistance):
     """CLIP maximum mean discrepancy, unbiased."""
 
     metric = "CMMD"
+    spec = RewardSpec(name="cmmd", arity="set", modality=ALL_MEDIA)
     scale = 1000.0
     unit_rows = True
 

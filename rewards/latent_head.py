@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,8 @@ ANY = "any"
 
 class LatentHead:
     """Scores latents by a ``RewardHead`` file."""
+
+    spec = RewardSpec(name="latent_head", modality=frozenset({"latent"}))
 
     def __init__(self, head: str | Path, level: float = 0.4, seed: int = 0, scale: float = 1.0, bias: float = 0.0,
                  convention: str | None = None, device: str = "cpu", batch_size: int = 64, name: str = "latent_head") -> None:
@@ -58,8 +61,8 @@ class LatentHead:
         self.device, self.batch_size = torch.device(device), batch_size
         noise = torch.randn(self.head.latent_shape, generator=torch.Generator().manual_seed(seed))
         self._noise = noise.to(self.device)
-        self.spec = RewardSpec(
-            name=name, modality=frozenset({"latent"}), requires=frozenset({"prompt_embeds"} if self.head.prompt_dim else ()),
+        self.spec = replace(
+            self.spec, name=name, requires=frozenset({"prompt_embeds"} if self.head.prompt_dim else ()),
             model_ids=(str(head),), convention="" if ANY in (known, convention) else known,
             version=f"{hashlib.sha256(file.read_bytes()).hexdigest()[:12]}-level-{level}-seed-{seed}-{scale}x+{bias}")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -23,6 +24,8 @@ from visalign.types import Media, Prompt, Scores
 
 class LoudnessGate:
     """1 for audio of a normal level, 0 for silence, noise floors and clipping."""
+
+    spec = RewardSpec(name="loudness_gate", modality=frozenset({"audio"}), raw_range=(0.0, 1.0))
 
     def __init__(self, low: float = -40.0, high: float = -6.0, *, margin: float = 0.0, silence: float = -60.0,
                  max_silent: float = 0.8, max_clipped: float = 0.01, name: str = "loudness_gate") -> None:
@@ -43,8 +46,8 @@ class LoudnessGate:
             raise ValueError("; ".join(problems))
         self.low, self.high, self.margin, self.silence = low, high, margin, silence
         self.max_silent, self.max_clipped = max_silent, max_clipped
-        self.spec = RewardSpec(name=name, modality=frozenset({"audio"}), raw_range=(0.0, 1.0),
-                               version=f"{low:g}..{high:g}-{margin:g}-{silence:g}-{max_silent:g}-{max_clipped:g}")
+        self.spec = replace(self.spec, name=name,
+                            version=f"{low:g}..{high:g}-{margin:g}-{silence:g}-{max_silent:g}-{max_clipped:g}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One gate per sample; audio that is not finite is invalid."""

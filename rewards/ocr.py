@@ -20,12 +20,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
 
 from visalign.protocols import RewardSpec
+from visalign.rewards.licences import licence_of
 from visalign.types import Media, Prompt, Scores
 
 _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
@@ -33,6 +35,9 @@ _QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 
 class WrittenText:
     """How much of the wanted text stands in the image. Details: ``contained`` (0 or 1), ``length_ratio`` |o| / |t|."""
+
+    spec = RewardSpec(name="ocr", requires=frozenset({"prompt"}), raw_range=(0.0, 1.0), model_ids=("rapidocr",),
+                      licence=licence_of("rapidocr"))
 
     def __init__(self, max_length_ratio: float = 3.0, *, config_path: str | None = None, name: str = "ocr") -> None:
         """
@@ -54,8 +59,8 @@ class WrittenText:
                                           "EngineConfig.onnxruntime.inter_op_num_threads": 1}
         self.engine: Any = RapidOCR(config_path=config_path, params={"Global.log_level": "critical", **threads})
         self.max_length_ratio = max_length_ratio
-        self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), raw_range=(0.0, 1.0), model_ids=(config_path or "rapidocr",),
-                               licence="Apache-2.0", version=f"ratio-{max_length_ratio:g}")
+        models = config_path or "rapidocr"
+        self.spec = replace(self.spec, name=name, model_ids=(models,), licence=licence_of(models), version=f"ratio-{max_length_ratio:g}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per image.

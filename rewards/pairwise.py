@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visalign.comparison import ask, ask_both_orders
 from visalign.maths.winrate import all_pairs, bradley_terry, cyclic_triads, d_regular, ring, win_rates
-from visalign.protocols import PairwiseReward, Reports, Reward, RewardSpec
+from visalign.protocols import ALL_MEDIA, PairwiseReward, Reports, Reward, RewardSpec
 from visalign.types import Comparisons, Media, Prompt, Scores
 
 Pairs = Sequence[tuple[int, int]]
@@ -23,6 +23,8 @@ Pairs = Sequence[tuple[int, int]]
 
 class BradleyTerry:
     """The preference a pointwise reward implies: ``P(i beats j) = sigmoid(scale (value_i - value_j))``."""
+
+    spec = RewardSpec(name="bradley_terry", arity="pairwise", modality=ALL_MEDIA, raw_range=(0.0, 1.0))
 
     def __init__(self, pointwise: Reward, scale: float = 1.0) -> None:
         """
@@ -61,6 +63,8 @@ class WinRate:
     a consistent judge, 1 for one that always prefers the same position).
     """
 
+    spec = RewardSpec(name="win_rate", arity="groupwise", modality=ALL_MEDIA, raw_range=(0.0, 1.0))
+
     def __init__(self, judge: PairwiseReward, schedule: Literal["all_pairs", "ring"] | int = "all_pairs", swap: bool = True,
                  name: str | None = None) -> None:
         """
@@ -70,6 +74,8 @@ class WinRate:
             swap: ask every pair in both orders and average, which removes position bias at twice the cost. A pair that fails in
                 one order is left out: half a swap is the bias itself.
         """
+        if isinstance(judge, str):
+            raise ValueError(f"judge '{judge}' is only a name; write judge: {{reward: {judge}, ...}} with its parameters")
         if not isinstance(judge, PairwiseReward):
             raise ValueError(f"{type(judge).__name__} compares nothing; lift a pointwise reward with "
                              "judge: {reward: bradley_terry, pointwise: {reward: ...}}")
@@ -78,9 +84,9 @@ class WinRate:
         self.judge = judge
         self.schedule = schedule
         self.swap = swap
-        self.spec = RewardSpec(
-            name=name or f"{judge.spec.name}_win_rate", arity="groupwise", modality=judge.spec.modality, requires=judge.spec.requires,
-            deterministic=judge.spec.deterministic, raw_range=(0.0, 1.0), model_ids=judge.spec.model_ids, licence=judge.spec.licence,
+        self.spec = replace(
+            self.spec, name=name or f"{judge.spec.name}_win_rate", modality=judge.spec.modality, requires=judge.spec.requires,
+            deterministic=judge.spec.deterministic, model_ids=judge.spec.model_ids, licence=judge.spec.licence,
             version=f"{judge.spec.version}-{schedule}-{'swap' if swap else 'one-order'}")
 
     def telemetry(self) -> Mapping[str, float]:

@@ -12,6 +12,7 @@ Source: Pick-a-Pic, arXiv:2305.01569.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,20 @@ from torch import Tensor, nn
 
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import DualEncoder
+from visalign.rewards.licences import licence_of
+from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, Prompt, Scores
+
+MODEL, PROCESSOR = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class PickScore:
     """PickScore of images; for video wrap it in ``framewise``."""
 
-    def __init__(self, model: str = "yuvalkirstain/PickScore_v1", *, processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    spec = RewardSpec(name="pickscore", requires=frozenset({"prompt"}), differentiable=True, raw_range=(-100.0, 100.0),
+                      model_ids=(MODEL, PROCESSOR), licence=licence_of(MODEL, PROCESSOR))
+
+    def __init__(self, model: str = MODEL, *, processor: str = PROCESSOR,
                  batch_size: int = 64, device: str | torch.device | None = None, cache_dir: str | None = None,
                  name: str = "pickscore") -> None:
         """
@@ -37,25 +45,21 @@ class PickScore:
             batch_size: images per forward pass; does not change the scores.
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
         Raises:
-            ValueError: an incomplete checkpoint, an empty tokenizer, or preprocessing other than resize of the shortest side, centre
-                crop, normalise.
-            OSError: no such folder, or the hub is out of reach.
+            ValueError: no such folder and the hub out of reach, an incomplete checkpoint, an empty tokenizer, or preprocessing other than
+                resize of the shortest side, centre crop, normalise.
         """
         from transformers import AutoTokenizer, CLIPModel
 
-        loaded: Any = CLIPModel.from_pretrained(model, cache_dir=cache_dir, dtype=torch.float32, output_loading_info=True)
-        clip, found = loaded
-        if found["missing_keys"] or found["mismatched_keys"]:
-            raise ValueError(f"reward '{name}': {model} lacks {len(found['missing_keys'])} tensors of a CLIP model "
-                             f"({', '.join(sorted(found['missing_keys'])[:3])}, ...), which would stay random; give a complete checkpoint")
+        owner = f"reward '{name}'"
+        clip = pretrained_model(CLIPModel, model, owner=owner, cache_dir=cache_dir)
         # AutoTokenizer raises where the vocabulary is missing; CLIPTokenizer would come up empty.
-        tokenizer = AutoTokenizer.from_pretrained(processor, cache_dir=cache_dir)
+        tokenizer = pretrained(AutoTokenizer, processor, owner=owner, cache_dir=cache_dir)
         limit = int(clip.config.text_config.max_position_embeddings)
-        self.encoder = DualEncoder(_Towers(clip), _Tokenizer(tokenizer, limit), _preprocessing(processor, cache_dir), name=name,
+        self.encoder = DualEncoder(_Towers(clip), _Tokenizer(tokenizer, limit), _preprocessing(processor, owner, cache_dir), name=name,
                                    batch_size=batch_size, device=device)
         self.scale = float(clip.logit_scale.detach().double().exp())
-        self.spec = RewardSpec(name=name, requires=frozenset({"prompt"}), differentiable=True, raw_range=(-self.scale, self.scale),
-                               model_ids=(model, processor), licence="MIT")
+        self.spec = replace(self.spec, name=name, raw_range=(-self.scale, self.scale), model_ids=(model, processor),
+                            licence=licence_of(model, processor))
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """Scaled cosine of each image with its own prompt; each distinct prompt is encoded once."""
@@ -91,11 +95,11 @@ class _Tokenizer:
                               return_tensors="pt").input_ids
 
 
-def _preprocessing(processor: str, cache_dir: str | None) -> PreprocessCfg:
+def _preprocessing(processor: str, owner: str, cache_dir: str | None) -> PreprocessCfg:
     """The image steps of a transformers CLIP processor, as PIL takes them."""
     from transformers import AutoImageProcessor
 
-    found: Any = AutoImageProcessor.from_pretrained(processor, cache_dir=cache_dir)
+    found = pretrained(AutoImageProcessor, processor, owner=owner, cache_dir=cache_dir)
     size, crop = dict(found.size), dict(found.crop_size or {})
     side: Any = size.get("shortest_edge")
     usual = (found.do_resize and found.do_center_crop and found.do_rescale and found.do_normalize and side is not None

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,6 +38,8 @@ Measure = Literal["tilt", "rotation"]
 
 class SimulatorStability:
     """Scores meshes by how little they tip over; ``details`` hold "tilt" and "rotation" in degrees."""
+
+    spec = RewardSpec(name="simulator_stability", modality=frozenset({"mesh"}), raw_range=(0.0, 1.0))
 
     def __init__(self, up: Axis, *, shape: Shape = "binary", threshold: float = 20.0, measure: Measure = "tilt", size: float | None = 1.0,
                  seconds: float = 10.0, timestep: float = 1e-3, push: float = 1.0, workers: int | None = None,
@@ -63,8 +66,8 @@ class SimulatorStability:
         self.num_steps, self.timestep, self.push = round(seconds / timestep), timestep, push
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._simulators = Simulators(Path(tumble.__file__), min(cores, 8) if workers is None else workers, timeout)
-        self.spec = RewardSpec(
-            name=name, modality=frozenset({"mesh"}), raw_range=(0.0, 1.0),
+        self.spec = replace(
+            self.spec, name=name,
             version=f"{up}-up-{shape}-{measure}{threshold:g}-{size or 'metres'}-{seconds:g}s-{timestep:g}-push{push:g}-{tumble.SIMULATOR}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:

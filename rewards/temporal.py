@@ -13,18 +13,23 @@ Source: VBench, arXiv:2311.17982 (background consistency, there with CLIP ViT-B/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from visalign.media import evenly_spaced
 from visalign.protocols import RewardSpec
-from visalign.rewards.clip import ResizeMode, model_ids, open_clip_encoder
+from visalign.rewards.clip import ResizeMode, licence, model_ids, open_clip_encoder
+from visalign.rewards.licences import licence_of
 from visalign.types import Media, Prompt, Scores
 
 
 class TemporalConsistency:
     """Mean cosine of consecutive frames. Details: ``worst_step``, the least cosine of two neighbours (a cut or a flash)."""
+
+    spec = RewardSpec(name="temporal_consistency", modality=frozenset({"video"}), differentiable=True, raw_range=(-1.0, 1.0),
+                      model_ids=("ViT-B-32", "openai"), licence=licence_of("openai"))
 
     def __init__(self, model: str = "ViT-B-32", pretrained: str | None = "openai", *, anchor: float = 0.0, max_frames: int | None = None,
                  resize_mode: ResizeMode | None = None, batch_size: int = 64, device: str | torch.device | None = None,
@@ -45,8 +50,8 @@ class TemporalConsistency:
                                          cache_dir=cache_dir)
         self.anchor = anchor
         self.max_frames = max_frames
-        self.spec = RewardSpec(name=name, modality=frozenset({"video"}), differentiable=True, raw_range=(-1.0, 1.0),
-                               model_ids=model_ids(model, pretrained), version=f"anchor-{anchor:g}-frames-{max_frames or 'all'}")
+        self.spec = replace(self.spec, name=name, model_ids=model_ids(model, pretrained), licence=licence(model, pretrained),
+                            version=f"anchor-{anchor:g}-frames-{max_frames or 'all'}")
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per video; a video of one frame is invalid ("fewer than 2 frames")."""

@@ -5,11 +5,36 @@ from __future__ import annotations
 import itertools
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def fetching(owner: str, location: str, command: str | None = None) -> Iterator[None]:
+    """What cannot be read from ``location``, a path or a name on the hub, is one message of ours.
+
+    Args:
+        owner: whom it is for.
+        command: what fetches it where there is a network; ``None`` is the hub's own for ``location``.
+    Raises:
+        ValueError: instead of the libraries' own errors; says what was wanted, for whom, and what to do.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to download" not in str(error):  # open_clip's way to say it
+            raise
+        why = " ".join(str(error).split())[:200]
+        if Path(location).expanduser().exists():
+            raise ValueError(f"{owner}: {location} does not hold what is needed: {why}") from error
+        if location.startswith(("/", ".", "~")):
+            raise ValueError(f"{owner}: no folder {location}; give the folder of a model, or ORG/REPO on the hub") from error
+        raise ValueError(f"{owner}: no {location} here, and the hub does not give it; give the path of a local copy, or fetch it once "
+                         f"where there is a network, with {command or f'hf download {location}'} ({why})") from error
 
 
 def weights_file(location: str, *, reward: str, cache_dir: str | None = None) -> Path:
@@ -26,7 +51,23 @@ def weights_file(location: str, *, reward: str, cache_dir: str | None = None) ->
         raise ValueError(f"reward '{reward}': no file {path}; give the path of the weights, or ORG/REPO/FILE on the hub")
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:]), cache_dir=cache_dir))
+    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
+    with fetching(f"reward '{reward}'", f"{repository} {file}"):
+        return Path(hf_hub_download(repository, file, cache_dir=cache_dir))
+
+
+@contextmanager
+def tensors_alone(path: str | Path) -> Iterator[None]:
+    """Around a ``torch.load`` with ``weights_only``: what it refuses is one message of ours.
+
+    Raises:
+        ValueError: the checkpoint holds Python objects, which would run as code.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors, and loading it could run code; convert it where you trust it: "
+                         "safetensors.torch.save_file(torch.load(FILE, weights_only=False), 'weights.safetensors')") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -40,10 +81,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors, and loading it could run code; convert it where you trust it: "
-                         "safetensors.torch.save_file(torch.load(FILE, weights_only=False), 'weights.safetensors')") from error
+        with tensors_alone(path):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (EOFError, RuntimeError) as error:
         raise ValueError(f"{path} is no torch checkpoint ({error or 'it is empty or cut off'}); copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
@@ -57,7 +96,7 @@ def fold_linear_layers(tensors: Mapping[str, Tensor], prefix: str = "layers.") -
 
         W_n (... (W_1 x + b_1) ...) + b_n  =  w . x + b
 
-    The layers run once on zero and on every basis vector, which determines an affine map, to assert that the folded one is the same.
+    That the folded map is the same is asserted.
 
     Raises:
         ValueError: no such layers, shapes that do not chain, or more than one output.
@@ -78,9 +117,18 @@ def fold_linear_layers(tensors: Mapping[str, Tensor], prefix: str = "layers.") -
         bias = bias + weight @ layer_bias
         weight = weight @ layer_weight
 
+    assert_affine(layers, weight, bias)
+    return weight, bias
+
+
+def assert_affine(layers: Sequence[tuple[Tensor, Tensor]], weight: Tensor, bias: Tensor) -> None:
+    """The layers, run on zero and on every basis vector, which determines an affine map, are ``w . x + b``.
+
+    Raises:
+        AssertionError: they are not.
+    """
     probes = torch.cat([torch.zeros(1, len(weight), dtype=torch.float64), torch.eye(len(weight), dtype=torch.float64)])
     through = probes
     for layer_weight, layer_bias in layers:
         through = through @ layer_weight.T + layer_bias
     torch.testing.assert_close(probes @ weight + bias, through[:, 0], rtol=1e-9, atol=1e-9)
-    return weight, bias

@@ -24,7 +24,7 @@ from visalign.quickstart import GUIDED, ROWS
 from visalign.quickstart import table as quickstart_table
 from visalign.types import Media, Prompt
 
-COMMANDS = ("train", "sample", "score", "eval", "pairs", "inspect", "report", "env", "configs", "quickstart", "exemplars")
+COMMANDS = ("train", "sample", "score", "eval", "pairs", "rewards", "inspect", "report", "env", "configs", "quickstart", "exemplars")
 
 
 def visalign(*words: str | Path) -> Result:
@@ -41,7 +41,7 @@ def test_help_lists_every_command_and_where_to_start() -> None:
     assert "visalign quickstart" in text
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "score", "eval", "inspect", "configs", "quickstart", "exemplars"])
+@pytest.mark.parametrize("command", ["train", "sample", "score", "eval", "rewards", "inspect", "configs", "quickstart", "exemplars"])
 def test_help_of_each_command_has_an_example_that_could_be_typed(command: str) -> None:
     result = visalign(command, "--help")
     assert result.exit_code == 0
@@ -234,6 +234,26 @@ def test_score_writes_a_table_and_a_row_per_sample(tmp_path: Path) -> None:
     assert [row["file"] for row in rows] == ["0000.png", "0001.png", "0002.png", "0003.png"]
     assert rows[0]["brightness"]["raw"] == pytest.approx(float(media[0].data.float().mean()))
     assert "invalid" in rows[2]["brightness"]
+
+
+def test_score_refuses_prompts_and_pictures_by_the_rewards_name(tmp_path: Path) -> None:
+    wide = Media("image", torch.zeros(3, 8, 12, dtype=torch.uint8))
+    save_samples(tmp_path, [wide, wide], [Prompt("a red circle"), Prompt("a dream")], [0, 1])
+    (tmp_path / "picky.py").write_text("from visalign.rewards.function import FunctionReward\n"
+                                       "class Picky(FunctionReward):\n"
+                                       "    def __init__(self):\n"
+                                       "        super().__init__(lambda media, prompts: [1.0] * len(media), name='picky')\n"
+                                       "    def check_prompts(self, prompts):\n"
+                                       "        raise ValueError(f'picky, prompt {len(prompts) - 1}: no dreams')\n")
+    refused = visalign("score", tmp_path, "-r", f"{tmp_path}/picky.py:Picky")
+    assert refused.exit_code == 1
+    assert "picky, prompt 1: no dreams" in one_line(refused.stderr)
+    save_samples(tmp_path, [wide], [Prompt("a red circle")], [0])
+    refused = visalign("score", tmp_path, "-r", "captions")
+    assert refused.exit_code == 1
+    assert "while reward 'captions' scored 1 samples" in one_line(refused.stderr)
+    unmade = visalign("score", tmp_path, "-r", "{name: jpeg_compressibility, params: {quality: 200}}")
+    assert "while reward 'jpeg_compressibility' was made" in one_line(unmade.stderr)
 
 
 def test_scores_of_other_rewards_are_not_lost_and_out_may_be_in_a_new_folder(tmp_path: Path) -> None:

@@ -243,6 +243,15 @@ class TestMaxMin:
         assert credit.metrics["composition/weight_bob"] > 0.999
         assert credit.metrics["composition/average_bob"] == pytest.approx(-1.5)
 
+    def test_steps_add_up(self):
+        """Mirror steps on constant averages: after n of them the odds of two groups are exp(n rate gap)."""
+        combiner = MaxMin(rate=0.5, decay=0.0)
+        scores = {"ann": scored([1.0, 0.0]), "bob": scored([0.0, 0.4])}  # means 0.5 and 0.2
+        for n in range(1, 4):
+            assign_credit([term("ann"), term("bob")], scores, groups(1, 2), RAW, combiner)
+            ann, bob = combiner.state["weights"].tolist()
+            assert bob / ann == pytest.approx(math.exp(n * 0.5 * 0.3))
+
     def test_another_number_of_groups(self):
         combiner = MaxMin()
         combiner.load_state_dict({"weights": torch.tensor([0.2, 0.3, 0.5]), "average": torch.zeros(3)})

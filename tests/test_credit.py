@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from visalign.credit import CircuitBreaker, RewardTerm, assign_credit
+from visalign.credit import CircuitBreaker, RewardFailureError, RewardTerm, assign_credit
 from visalign.maths.advantages import AdvantageRule, group_advantages
 from visalign.protocols import RewardSpec
 from visalign.types import Scores
@@ -187,6 +187,12 @@ class TestMissingScores:
                                  scored([*values, 0.0, 1.0, 2.0, 3.0]).valid, groups(2, 4))
         assert plain.dropped_groups == (0 if kept else 1)  # the same rule as the formula's own
 
+    @pytest.mark.parametrize("level", ["reward", "advantage"])
+    def test_a_group_of_one_compares_nothing(self, level):
+        result = assign_credit([term()], {"r": scored([5.0, 0.0, 1.0])}, torch.tensor([0, 1, 1]), AdvantageRule(level=level))
+        assert result.valid.tolist() == [False, True, True]
+        assert result.advantage[0] == 0
+
     def test_nothing_valid_gives_zeros_and_no_nan_metric(self):
         result = credit([None] * 4, groups(1, 4))
         assert (result.advantage == 0).all()
@@ -232,7 +238,7 @@ class TestCircuitBreaker:
         for _ in range(2):
             breaker.update(failing(2))
         breaker.update(failing(1, reason="parse"))  # 5 of 60
-        with pytest.raises(RuntimeError, match=r"'judge' failed for 6 of the last 80 samples \(tolerated: 5% of 100\): "
+        with pytest.raises(RewardFailureError, match=r"'judge' failed for 6 of the last 80 samples \(tolerated: 5% of 100\): "
                                                r"4 x timeout, 2 x parse\..*resume"):
             breaker.update(failing(1, reason="parse"))
 
@@ -243,8 +249,14 @@ class TestCircuitBreaker:
                 breaker.update(failing(failures))
 
     def test_a_reward_that_gives_nothing_stops_the_run_at_once(self):
-        with pytest.raises(RuntimeError, match="gave no score for any of 4 samples: 4 x refused"):
+        with pytest.raises(RewardFailureError, match="gave no score for any of 4 samples: 4 x refused"):
             CircuitBreaker().update(failing(4, num=4, reason="refused"))
+
+    def test_it_names_the_failures_of_that_update_alone(self):
+        breaker = CircuitBreaker()
+        breaker.update(failing(3, reason="parse"))
+        with pytest.raises(RewardFailureError, match=r"any of 4 samples: 4 x refused\. "):
+            breaker.update(failing(4, num=4, reason="refused"))
 
     def test_rewards_are_counted_apart(self):
         breaker = CircuitBreaker(threshold=0.05, window=100)
@@ -257,7 +269,7 @@ class TestCircuitBreaker:
         resumed = CircuitBreaker(threshold=0.05, window=100)
         resumed.load_state_dict(json.loads(json.dumps(breaker.state_dict())))
         for each in (breaker, resumed):
-            with pytest.raises(RuntimeError, match=r"6 of the last 40 samples"):
+            with pytest.raises(RewardFailureError, match=r"6 of the last 40 samples"):
                 each.update(failing(1))
 
     @pytest.mark.parametrize(("threshold", "window"), [(0, 10), (1.5, 10), (0.05, 0)])

@@ -14,7 +14,7 @@ from tests import gaussian_run
 from tests.gaussian_run import PROMPTS, config, go
 from visalign import checkpoint, invariants
 from visalign.algorithms.grpo import GRPO
-from visalign.credit import RewardTerm
+from visalign.credit import RewardFailureError, RewardTerm
 from visalign.distributed import Processes
 from visalign.invariants import InvariantError
 from visalign.maths.oracle import GaussianWorld
@@ -249,7 +249,7 @@ def test_rewards_that_fail_mask_their_samples_and_then_stop_the_run(tmp_path):
     flaky.calls = 0
     go(tmp_path / "one", config(), reward=flaky)
     assert read_metrics(tmp_path / "one")[1]["credit/valid_rate"] == pytest.approx(7 / 8)
-    with pytest.raises(RuntimeError, match="gave no score for any"):
+    with pytest.raises(RewardFailureError, match="gave no score for any"):
         go(tmp_path / "two", config(), reward=lambda media, prompts: [None] * len(media))
 
 

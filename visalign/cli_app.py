@@ -35,6 +35,8 @@ class TeachingGroup(TyperGroup):
                 raise
             errors.print("[bold red]error:[/] ", end="")
             errors.print(str(error) or type(error).__name__, markup=False, highlight=False, soft_wrap=True)
+            for note in getattr(error, "__notes__", ()):
+                errors.print(note, style="dim", markup=False, highlight=False, soft_wrap=True)
             if _out_of_memory(error):
                 errors.print("Out of memory: halve train.microbatch or evaluation.batch, set train.gradient_checkpointing=true, or use "
                              "trainable.mode=lora; visalign train CONFIG --plan shows what takes the space.", soft_wrap=True)

@@ -99,6 +99,19 @@ def serve_reward(
 
 
 @app.command(epilog="Examples:\n\n"
+             "  visalign rewards                         all names, with what each reads\n\n"
+             "  visalign rewards pickscore               formula, range, licence, parameters\n\n"
+             "  visalign rewards my_rewards.py:sharpness")
+def rewards(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Describe one, by name or path.")] = None,
+) -> None:
+    """List rewards, or describe one; nothing is downloaded."""
+    from visalign.commands import rewards as command
+
+    command.run(name)
+
+
+@app.command(epilog="Examples:\n\n"
              "  visalign pairs playground:pipeline --prompts playground:train -r captions --out pairs num_inference_steps=8\n\n"
              "  visalign pairs runs/first --prompts prompts.jsonl -r clip --rule all --margin 0.1 --per-prompt 4 --out pairs\n\n"
              "The same command continues what was stopped; with another --rule or --margin it chooses anew from the same samples.")

@@ -317,6 +317,7 @@ class TrainConfig(Section):
         schedule, warmup: learning-rate schedule and its linear warm-up, in optimiser steps.
         precision: autocast of the trained forward passes.
         max_skipped: consecutive steps with a non-finite loss or gradient that are refused before the run stops.
+        max_failed: share of a required reward's last 1000 samples that may be without a score before the run stops.
     """
 
     iterations: Positive = 100
@@ -335,6 +336,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     seed: Count = 0
     max_skipped: Count = 5
+    max_failed: Annotated[float, Field(gt=0, le=1)] = 0.05
 
     @field_validator("betas")
     @classmethod

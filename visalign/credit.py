@@ -275,8 +275,12 @@ def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
 
 
+class RewardFailureError(RuntimeError):
+    """A required reward failed too often for a run to go on: masking keeps a failure out of the statistics, it replaces no signal."""
+
+
 class CircuitBreaker:
-    """Stops a run whose rewards fail: masking keeps a failure out of the statistics, it cannot replace the missing signal.
+    """Stops a run whose rewards fail.
 
     Show it required rewards only: an optional one may well not apply to most prompts. It trips when, for some reward, more than
     ``threshold * window`` of its last ``window`` samples were invalid (counted in whole updates), or when one update left it
@@ -299,27 +303,27 @@ class CircuitBreaker:
         """Count one update's scores, those of required rewards over all processes.
 
         Raises:
-            RuntimeError: a reward failed too often; says how often and why.
+            RewardFailureError: a reward failed too often; says how often and why.
         """
         for name, answer in scores.items():
+            failures = Counter(reason or "unknown" for reason, ok in zip(answer.reasons, answer.valid.tolist(), strict=True) if not ok)
+            if failures and failures.total() == len(answer.valid):
+                raise RewardFailureError(self._message(name, f"gave no score for any of {len(answer.valid)} samples", failures))
             updates = self._updates.setdefault(name, deque())
-            updates.append((len(answer.valid), Counter(reason or "unknown" for reason, ok
-                                                       in zip(answer.reasons, answer.valid.tolist(), strict=True) if not ok)))
+            updates.append((len(answer.valid), failures))
             while len(updates) > 1 and sum(size for size, _ in updates) - updates[0][0] >= self.window:
                 updates.popleft()
-            reasons = sum((failures for _, failures in updates), Counter[str]())
-            if len(answer.valid) and not answer.valid.any():
-                raise RuntimeError(self._message(name, f"gave no score for any of {len(answer.valid)} samples", reasons))
+            reasons = sum((of_update for _, of_update in updates), Counter[str]())
             if reasons.total() > self.threshold * self.window:
                 total = sum(size for size, _ in updates)
-                raise RuntimeError(self._message(name, f"failed for {reasons.total()} of the last {total} samples (tolerated: "
+                raise RewardFailureError(self._message(name, f"failed for {reasons.total()} of the last {total} samples (tolerated: "
                                                  f"{self.threshold:.0%} of {self.window})", reasons))
 
     @staticmethod
     def _message(name: str, what: str, reasons: Counter[str]) -> str:
         causes = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(5))
-        return (f"reward '{name}' {what}: {causes}. Check its server, its prompt format and the media it gets, then resume from the "
-                "last checkpoint; required=False lets the other rewards decide alone where it fails")
+        return (f"reward '{name}' {what}: {causes}. Check its server, its prompt format and the media it gets, then resume from the last "
+                "checkpoint; train.max_failed tolerates more, required: false lets the other rewards decide alone where it fails")
 
     def state_dict(self) -> dict[str, Any]:
         return {name: [[size, dict(failures)] for size, failures in updates] for name, updates in self._updates.items()}

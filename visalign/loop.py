@@ -46,7 +46,7 @@ def train(config: Config, run_dir: Path | str, resume: bool = False, callback: C
 
     Raises:
         ValueError: something in the configuration does not fit; before anything is generated.
-        InvariantError, TrainingStoppedError, CheckpointError: the run cannot go on; the message says what to do.
+        RewardFailureError, InvariantError, TrainingStoppedError, CheckpointError: the run cannot go on; the message says what to do.
     """
     from visalign.build import build  # the composition root imports every leaf; this file needs none of them
 
@@ -95,7 +95,8 @@ class Loop:
         trainable = parts.policy.named_trainable()
         self.state = State(iteration=0, optimization=Optimization(trainable, config.train, processes.device),
                            ema=None if config.ema is None else EMA(trainable, config.ema.decay),
-                           data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed), breaker=CircuitBreaker(),
+                           data=GroupSampler(len(parts.prompts), config.train.groups, config.train.seed),
+                           breaker=CircuitBreaker(config.train.max_failed),
                            memories={**{term.name: term.reward for term in parts.terms if isinstance(term.reward, Remembers)},
                                      **({COMBINER: parts.combiner} if isinstance(parts.combiner, Remembers) else {})})
         self.assessment = Assessment(parts, config, self.folder, processes, Watch(parts, config.stopping, self.folder, processes))

@@ -21,6 +21,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from visalign.notes import noting
 from visalign.protocols import PairwiseReward, Reward, SetReward
 
 GROUP = "visalign.rewards"
@@ -54,10 +55,11 @@ def load_reward(target: str, /, **params: Any) -> Reward | PairwiseReward | SetR
         TypeError: what was found is no reward.
     """
     params = {key: _load_nested(value) for key, value in params.items()}
-    found = _find(target)
+    found = find_reward(target)
     if inspect.isclass(found):
         check_params(f"reward '{target}'", _parameters(found), params)
-        reward = found(**params)
+        with noting(f"while reward '{target}' was made"):
+            reward = found(**params)
     elif isinstance(found, (Reward, PairwiseReward, SetReward)):
         check_params(f"reward '{target}'", [], params)
         reward = found
@@ -79,7 +81,12 @@ def _load_nested(value: Any) -> Any:
     return value
 
 
-def _find(target: str) -> Any:
+def find_reward(target: str) -> Any:
+    """What ``target`` names, not made yet: a class, an instance or a function.
+
+    Raises:
+        ValueError: the name, the module, the attribute or a dependency is unknown; says what would have worked.
+    """
     if target.rpartition(":")[0].endswith(".py") or target.endswith(".py"):
         return _from_file(target)
     names = reward_names()
@@ -100,11 +107,15 @@ def _from_entry_point(point: EntryPoint) -> Any:
         if f"{point.module}.".startswith(f"{missing}."):
             raise ValueError(f"reward '{point.name}': no module '{missing}' on the import path; install its package, "
                              "or give a file as path/to/file.py:attribute") from error
-        package = point.dist.name if point.dist else point.module.partition(".")[0]
-        extra = f"[{','.join(point.extras)}]" if point.extras else ""
         raise ValueError(f"reward '{point.name}' needs the module '{missing}', which is not installed: "
-                         f"pip install '{package}{extra}'") from error
+                         f"pip install '{requirement(point)}'") from error
     return _attribute(module, point.attr, point.name)
+
+
+def requirement(point: EntryPoint) -> str:
+    """What ``pip install`` brings a reward and its dependencies, such as ``visalign[audio]``."""
+    package = point.dist.name if point.dist else point.module.partition(".")[0]
+    return f"{package}[{','.join(point.extras)}]" if point.extras else package
 
 
 def _from_file(target: str) -> Any:

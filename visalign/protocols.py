@@ -27,6 +27,7 @@ from visalign.types import (
 )
 
 Arity = Literal["pointwise", "pairwise", "groupwise", "set"]
+ALL_MEDIA: frozenset[MediaKind] = frozenset({"image", "video", "audio", "mesh"})
 
 
 class Conditioning(Protocol):
@@ -116,7 +117,8 @@ class Dynamics(Protocol):
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """What a reward is, declared rather than inherited.
+    """What a reward is, declared rather than inherited: on the class as far as it is known before anything is loaded (``visalign rewards``
+    shows that), on the instance with what its parameters say.
 
     Attributes:
         name: the key under which scores are logged.
@@ -188,7 +190,7 @@ class AsksJudge(Protocol):
 class RecordedScores:
     """Stands for the scores that a preference data set holds; nothing can be asked."""
 
-    spec: RewardSpec = RewardSpec(name="preference", modality=frozenset({"image", "video", "audio", "mesh"}))
+    spec: RewardSpec = RewardSpec(name="preference", modality=ALL_MEDIA)
 
 
 @runtime_checkable

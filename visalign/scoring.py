@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from visalign.notes import noting
 from visalign.protocols import AnyReward, LatentSource, Reports, Reward, RewardSpec, SetReward
 from visalign.types import Media, MediaKind, Prompt, Scores
 
@@ -50,7 +50,7 @@ def score(rewards: Mapping[str, Reward | SetReward], media: Sequence[Media], pro
     for name, reward in rewards.items():
         started = time.perf_counter()
         samples = _read_by(reward, media, latents)
-        with _naming(name, len(samples)):
+        with noting(f"while reward '{name}' scored {len(samples)} samples"):
             answer = reward.score(samples, prompts, group_id) if isinstance(reward, Reward) else _features(reward, samples, prompts)
         if not isinstance(answer, Scores) or len(answer.valid) != len(samples):
             got = f"{len(answer.valid)} scores" if isinstance(answer, Scores) else type(answer).__name__
@@ -209,16 +209,3 @@ def _check_groups(media: Sequence[Media], prompts: Sequence[Prompt], group_id: S
             raise ValueError(f"sample {row} of group {group} has the prompt {prompt.text[:60]!r}, the group's first has "
                              f"{first[group].text[:60]!r}; a group shares one prompt")
 
-
-@contextmanager
-def _naming(name: str, num_samples: int) -> Iterator[None]:
-    """Attach the reward's name to an exception on its way out (as a note where Python has them, 3.11)."""
-    try:
-        yield
-    except Exception as error:
-        note = f"while reward '{name}' scored {num_samples} samples"
-        if hasattr(error, "add_note"):
-            error.add_note(note)
-        else:
-            logger.error("%s: %s", note, error)
-        raise

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -41,12 +42,15 @@ _FOLLOWED = (f"Editing instruction: {OPEN}{{prompt}}{CLOSE}\n{NOTICE}\nThe first
 class ConsistencyJudge:
     """Consistency within every sample (``grid``) or of every sample with its source image (``edit``), in [0, 1]."""
 
+    spec = RewardSpec(name="consistency_judge", requires=frozenset({"prompt"}), raw_range=(0.0, 1.0))
+
     def __init__(self, backend: Backend | Mapping[str, Any], mode: Literal["grid", "edit"] = "grid", *, grid: tuple[int, int] = (2, 2),
                  criteria: Criteria | Literal["prompt"] | None = None, wording: str | None = None, top_logprobs: int = 20,
                  max_side: int | None = None, name: str = "consistency_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}; it must return log-probabilities.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``);
+                it must return log-probabilities.
             mode: "grid" compares the parts of a picture, "edit" a picture with the prompt's first condition image.
             grid: rows and columns of parts.
             criteria: {dimension: {id: text}}; "prompt" reads each prompt's ``metadata["criteria"]``; ``None`` asks for style, logic and
@@ -70,9 +74,8 @@ class ConsistencyJudge:
         self.inquiry = Inquiry(backend_from(backend), repairs=0)
         self.mode, self.grid, self.max_side, self.top_logprobs = mode, (rows, columns), max_side, top_logprobs
         self.criteria = _checked(_DEFAULT if criteria is None else criteria, f"reward '{name}'") if criteria != "prompt" else None
-        self.spec = RewardSpec(name=name, raw_range=(0.0, 1.0), model_ids=(self.inquiry.backend.model,),
-                               version=f"1-{mode}-{rows}x{columns}",
-                               requires=frozenset({"prompt"} | ({"criteria"} if criteria == "prompt" else set())))
+        self.spec = replace(self.spec, name=name, model_ids=(self.inquiry.backend.model,), version=f"1-{mode}-{rows}x{columns}",
+                            requires=frozenset({"prompt"} | ({"criteria"} if criteria == "prompt" else set())))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError, naming the row, for a prompt without its source image or with criteria that cannot be asked."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from io import BytesIO
 
-import torch
 from PIL import Image
 from torch import Tensor
 
+from visalign.media import evenly_spaced
 from visalign.types import Media
 
 
@@ -20,14 +20,17 @@ def files(media: Media, num_frames: int, max_side: int | None) -> tuple[bytes, .
     """
     if media.kind == "image":
         return (png(media.data, max_side),)
-    length = media.data.shape[0]
-    rows = torch.linspace(0, length - 1, min(num_frames, length)).round().long()
-    return tuple(png(media.data[int(row)], max_side) for row in rows)
+    return tuple(png(frame, max_side) for frame in media.data[evenly_spaced(len(media.data), num_frames)])
+
+
+def picture_of(pixels: Tensor) -> Image.Image:
+    """One uint8 (3, H, W) picture for PIL."""
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
 def png(pixels: Tensor, max_side: int | None = None) -> bytes:
     """One uint8 (3, H, W) picture as a PNG file, the same bytes for the same pixels."""
-    picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+    picture = picture_of(pixels)
     if max_side is not None:
         picture.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     buffer = BytesIO()

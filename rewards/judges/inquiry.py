@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -59,12 +60,22 @@ class Inquiry:
             raise ValueError(f"model '{self.backend.model}' was asked for the log-probabilities of its answers and gave none; serve it "
                              "with them (vLLM does) or use a template that reads text")
         self.telemetry = _account(readings, replies)
-        unclear = [reply.answer.text for reading, reply in zip(readings, replies, strict=True) if reading == "parse" and reply.answer]
-        if unclear:
-            logger.warning("judge '%s': %d of %d answers could not be read, the first is %.200r", self.backend.model, len(unclear),
-                           len(readings), unclear[0])
+        self._warn(readings, replies)
         row_of = {question: row for row, question in enumerate(reader)}
         return [readings[row_of[question]] for question in questions]
+
+    def _warn(self, readings: Sequence[Reading], replies: Sequence[Reply]) -> None:
+        """Say how many questions have no verdict, with one example of each kind."""
+        unread = [reply.answer.text for reading, reply in zip(readings, replies, strict=True) if reading == "parse" and reply.answer]
+        if unread:
+            logger.warning("judge '%s': %d of %d answers could not be read, the first is %.200r", self.backend.model, len(unread),
+                           len(readings), unread[0])
+        unanswered = [reply for reply in replies if reply.answer is None]
+        if unanswered:
+            causes = ", ".join(f"{count} x {reason}" for reason, count in Counter(reply.reason for reply in unanswered).most_common())
+            example = next((reply.message for reply in unanswered if reply.message), "")
+            logger.warning("judge '%s': %d of %d questions got no answer: %s%s", self.backend.model, len(unanswered), len(readings), causes,
+                           f"; for example {example:.200}" if example else "")
 
 
 def scores_of(readings: Sequence[Reading], details: bool = True) -> Scores:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from visalign.rewards.dual_encoder import default_device
 from visalign.rewards.judges.question import Answer, Question, Reply
+from visalign.rewards.pretrained import pretrained, pretrained_model
 
 
 class LocalModel:
@@ -23,17 +25,17 @@ class LocalModel:
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
             dtype: "auto" as stored, or a torch name such as "bfloat16".
         Raises:
-            ValueError: the processor has no chat template, or weights are missing.
+            ValueError: the model is not found, its processor has no chat template, or weights are missing.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.model = folder
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._processor: Any = AutoProcessor.from_pretrained(folder)
+        self.device = default_device(device)
+        self._processor = pretrained(AutoProcessor, folder, owner="judge")
         if not getattr(self._processor, "chat_template", None):
             raise ValueError(f"the processor of '{folder}' has no chat template; use an instruction-tuned model or put "
                              "chat_template.jinja into its folder")
-        self._network = load_whole(AutoModelForImageTextToText, folder, dtype).to(self.device)
+        self._network = pretrained_model(AutoModelForImageTextToText, folder, owner="judge", dtype=dtype).to(self.device)
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
         """One answer per question, none of which can fail but for want of memory."""
@@ -73,16 +75,3 @@ class LocalModel:
         ends = self._network.generation_config.eos_token_id
         return set(ends) if isinstance(ends, list) else {ends}
 
-
-def load_whole(kind: Any, folder: str, dtype: str) -> Any:
-    """A frozen model of which every weight was in the folder: transformers makes up the missing ones with no more than a warning.
-
-    Raises:
-        ValueError: names the missing weights.
-    """
-    network, info = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"'{folder}' lacks {len(missing)} weights of a {type(network).__name__} (the first is {missing[0]}), which would "
-                         "be random; use a checkpoint of that architecture")
-    return network.requires_grad_(False).eval()

@@ -1,9 +1,19 @@
-"""Two samples before one judge."""
+"""Two samples before one judge, by one of these templates:
+
+    verdict_token                                          the probabilities of "1" and "2" as the answer's first token
+    unified_reward_pair, unified_reward_pair_score         UnifiedReward: a sentence, with ties; shares of a point by axis
+    unified_reward_think, unified_reward_think_video       reasoning, then a verdict without ties
+    unified_reward_flex, unified_reward_flex_video         JSON with a winner by category
+    unified_reward_edit_pair, unified_reward_edit_pair_score     edits of the prompt's first condition image
+
+Sources: UnifiedReward, arXiv:2503.05236; its Think and Flex forms and win rates over them, arXiv:2505.03318, arXiv:2508.20751.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,14 +41,18 @@ class PairwiseJudge:
     Both directions of a pair share their two questions, so ``WinRate`` around it asks nothing twice.
     """
 
+    spec = RewardSpec(name="pairwise_judge", arity="pairwise", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}),
+                      raw_range=(0.0, 1.0))
+
     def __init__(self, backend: Backend | Mapping[str, Any], template: str = "unified_reward_pair", *, wording: str | None = None,
-                 both_orders: bool = False, num_frames: int = 8, max_side: int | None = None, repairs: int = 1,
-                 name: str = "pairwise_judge") -> None:
+                 max_tokens: int | None = None, top_logprobs: int | None = None, both_orders: bool = False, num_frames: int = 8,
+                 max_side: int | None = None, repairs: int = 1, name: str = "pairwise_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``).
             template: how to ask and read, see ``templates``.
             wording: other words for the template, with ``{prompt}``.
+            max_tokens, top_logprobs: of an answer, other than the template's; some servers give 5 alternatives at most.
             both_orders: average the log-odds of both orders; for templates that read log-probabilities.
             num_frames: shown of each video.
             max_side: pictures are reduced to it; ``None`` sends them as they are.
@@ -46,7 +60,7 @@ class PairwiseJudge:
         Raises:
             ValueError: a parameter is wrong.
         """
-        self.template = named(template, "pair", wording)
+        self.template = named(template, "pair", wording, max_tokens, top_logprobs)
         if both_orders and not self.template.top_logprobs:
             raise ValueError(f"both_orders averages log-odds, which template '{template}' does not read; use template verdict_token, or "
                              "leave the swap to win_rate")
@@ -54,9 +68,9 @@ class PairwiseJudge:
         self.both_orders = both_orders
         self.num_frames, self.max_side = num_frames, max_side
         self._inconsistency: dict[str, float] = {}
-        self.spec = RewardSpec(
-            name=name, arity="pairwise", modality=frozenset({self.template.modality}), requires=frozenset({"prompt"}), raw_range=(0.0, 1.0),
-            model_ids=(self.inquiry.backend.model,), version=f"{self.template.version}{'-both' if both_orders else ''}")
+        self.spec = replace(
+            self.spec, name=name, modality=frozenset({self.template.modality}), model_ids=(self.inquiry.backend.model,),
+            version=f"{self.template.version}{'-both' if both_orders else ''}")
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Refuse prompts without the source image that an edit is judged against."""
@@ -73,7 +87,8 @@ class PairwiseJudge:
             ValueError: the back end's set-up is wrong, or a prompt lacks its source image.
         """
         self.check_prompts(prompts)
-        shown = {id(sample): files(sample, self.num_frames, self.max_side) for sample in (*first, *second)}
+        distinct = {id(sample): sample for sample in (*first, *second)}
+        shown = {key: files(sample, self.num_frames, self.max_side) for key, sample in distinct.items()}
         pairs = [(shown[id(a)], shown[id(b)]) for a, b in zip(first, second, strict=True)]
         before = sources(self.template, prompts, self.max_side)
         swapped = [(b, a) for a, b in pairs] if self.both_orders else []

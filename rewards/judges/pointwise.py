@@ -1,8 +1,16 @@
-"""One sample before one judge."""
+"""One sample before one judge, by one of these templates:
+
+    unified_reward_point, unified_reward_point_video       UnifiedReward: one score, of 5 and of 10
+    unified_reward_acs, unified_reward_aps_video           alignment, coherence (or physics) and style
+    unified_reward_edit_quality, unified_reward_edit_instruction     edits: their looks; whether they do as told, beside their source
+    human_preference, video_axes                           the axes of HPSv3 and of VideoReward, asked of any judge
+    vqa, vqascore                                          the probabilities of "yes" and "no" as the answer's first token
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from visalign.protocols import RewardSpec
@@ -18,24 +26,28 @@ from visalign.types import Media, Prompt, Scores
 class PointwiseJudge:
     """A vision-language model's rating of each sample, mapped from its scale to [0, 1]; its own numbers are the details."""
 
+    spec = RewardSpec(name="pointwise_judge", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}), raw_range=(0.0, 1.0))
+
     def __init__(self, backend: Backend | Mapping[str, Any], template: str = "unified_reward_point", *, wording: str | None = None,
-                 num_frames: int = 8, max_side: int | None = None, repairs: int = 1, name: str = "pointwise_judge") -> None:
+                 max_tokens: int | None = None, top_logprobs: int | None = None, num_frames: int = 8,
+                 max_side: int | None = None, repairs: int = 1, name: str = "pointwise_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``).
             template: how to ask and read, see ``templates``.
             wording: other words for the template, with ``{prompt}``.
+            max_tokens, top_logprobs: of an answer, other than the template's; some servers give 5 alternatives at most.
             num_frames: shown of a video.
             max_side: pictures are reduced to it; ``None`` sends them as they are.
             repairs: how often an unreadable answer is asked about again.
         Raises:
             ValueError: a parameter is wrong.
         """
-        self.template = named(template, "one", wording)
+        self.template = named(template, "one", wording, max_tokens, top_logprobs)
         self.inquiry = Inquiry(backend_from(backend), repairs)
         self.num_frames, self.max_side = num_frames, max_side
-        self.spec = RewardSpec(
-            name=name, modality=frozenset({self.template.modality}), raw_range=(0.0, 1.0), version=self.template.version,
+        self.spec = replace(
+            self.spec, name=name, modality=frozenset({self.template.modality}), version=self.template.version,
             requires=frozenset({"prompt"} if "{prompt}" in self.template.wording else ()), model_ids=(self.inquiry.backend.model,))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:

@@ -1,16 +1,20 @@
-"""A language model with a reward head: the hidden states at special tokens go through a small network (HPSv3, VideoReward's heads).
+"""A language model with a reward head: the hidden states at special tokens go through a small network (HPSv3, VideoReward).
 
     raw = sum_k (head(h_k)[r_k] - mean_k) / std_k        h_k: last hidden state at the k-th token, r_k: 0, or k for "diagonal"
 
-Attention is causal, so an axis whose token comes before the caption cannot depend on the caption. Sources: HPSv3, arXiv:2508.03789 (one
-token; the head gives mu and sigma, of which mu is the score); VideoReward, arXiv:2501.13918 (one token per axis, one column per axis).
+Attention is causal, so an axis whose token comes before the caption cannot depend on the caption: VideoReward's visual and motion quality
+do not. Its head has one output for all axes (readout "first") or one for each ("diagonal"), the means and stds of its axes stand in its
+model_config.json, and it was trained on videos at 2 frames per second: ``as_video: true, fps: 2``.
+
+Sources: HPSv3, arXiv:2508.03789 (one token; the head gives mu and sigma, of which mu is the score); VideoReward, arXiv:2501.13918 (one
+token per axis).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from io import BytesIO
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -20,21 +24,27 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from visalign.media import evenly_spaced
 from visalign.protocols import RewardSpec
+from visalign.rewards.dual_encoder import default_device
+from visalign.rewards.frames import at_rate
 from visalign.rewards.judges.captions import fill
-from visalign.rewards.judges.images import files
+from visalign.rewards.judges.images import picture_of
 from visalign.rewards.judges.inquiry import scores_of
-from visalign.rewards.judges.local import load_whole
 from visalign.rewards.judges.question import Verdict
+from visalign.rewards.pretrained import pretrained, pretrained_model
 from visalign.types import Media, Prompt, Scores
 
 
 class RewardTokenScore:
     """Scores images, or videos as frames, by a regression head in this process, in float32 after the language model."""
 
+    spec = RewardSpec(name="reward_token", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}))
+
     def __init__(self, folder: str, head: str, tokens: Mapping[str, str], wording: str, *, readout: Literal["first", "diagonal"] = "first",
                  mean: Sequence[float] | None = None, std: Sequence[float] | None = None, modality: Literal["image", "video"] = "image",
-                 num_frames: int = 8, device: str | None = None, dtype: str = "auto", name: str = "reward_token") -> None:
+                 as_video: bool = False, num_frames: int = 8, fps: float | None = None, device: str | None = None, dtype: str = "auto",
+                 name: str = "reward_token") -> None:
         """
         Args:
             folder: the language model with its adapters merged, its processor with the special tokens, and a chat template.
@@ -44,17 +54,30 @@ class RewardTokenScore:
                 the checkpoint.
             readout: "first" takes the head's first output at every token, "diagonal" the k-th at the k-th.
             mean, std: per axis, of the z-score; ``None`` leaves the head's scale.
+            modality: what is scored.
+            as_video: a video is one video to the model, through its processor's video part, instead of a row of pictures.
+            num_frames: of a video, evenly spaced.
+            fps: so many frames per second instead, an even number of at least 4.
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
             dtype: of the language model, "auto" as stored.
         Raises:
-            ValueError: a token is not one entry of the vocabulary or not once in the wording, or the head does not fit.
+            ValueError: a token is not one entry of the vocabulary or not once in the wording, the head does not fit, or a processor without
+                a video part.
         """
         from transformers import AutoModel, AutoProcessor
 
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._processor: Any = AutoProcessor.from_pretrained(folder)
-        self._network = load_whole(AutoModel, folder, dtype).to(self.device)
-        self.wording, self.readout, self.num_frames = wording, readout, num_frames
+        self.device = default_device(device)
+        owner = f"reward '{name}'"
+        self._processor = pretrained(AutoProcessor, folder, owner=owner)
+        self._network = pretrained_model(AutoModel, folder, owner=owner, dtype=dtype).to(self.device)
+        self.wording, self.readout = wording, readout
+        self.as_video, self.num_frames, self.fps = as_video, num_frames, fps
+        if as_video and modality != "video":
+            raise ValueError("as_video shows videos as such; set modality: video")
+        if as_video and getattr(self._processor, "video_processor", None) is None:
+            raise ValueError(f"{owner}: the processor in {folder} has no part for videos; leave as_video out to show frames as pictures")
+        if as_video:
+            self._processor.video_processor.do_sample_frames = False  # they are chosen here
         self.axes = tuple(tokens)
         self._token_ids = [_token_id(self._processor.tokenizer, token, wording) for token in tokens.values()]
         if "{prompt}" not in wording:
@@ -66,24 +89,37 @@ class RewardTokenScore:
         self.mean, self.std = list(mean or [0.0] * len(tokens)), list(std or [1.0] * len(tokens))
         if len(self.mean) != len(tokens) or len(self.std) != len(tokens) or not all(value > 0 for value in self.std):
             raise ValueError(f"mean {self.mean} and std {self.std} need one number for each of {', '.join(tokens)}, std above 0")
-        self.spec = RewardSpec(name=name, modality=frozenset({modality}), requires=frozenset({"prompt"}), model_ids=(folder, head),
-                               version=readout)
+        self.spec = replace(self.spec, name=name, modality=frozenset({modality}), model_ids=(folder, head),
+                            version=f"{readout}-{'video' if as_video else 'pictures'}-{num_frames if fps is None else f'{fps:g}fps'}")
 
     @torch.no_grad()
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """One score per sample, its axes as details."""
-        return scores_of([self._verdict(files(sample, self.num_frames, None), prompt.text)
-                          for sample, prompt in zip(media, prompts, strict=True)])
+        return scores_of([self._verdict(self._pictures(sample), prompt.text) for sample, prompt in zip(media, prompts, strict=True)])
 
-    def _verdict(self, pictures: Sequence[bytes], caption: str) -> Verdict:
-        content: list[dict[str, Any]] = [{"type": "image", "image": Image.open(BytesIO(one)).convert("RGB")} for one in pictures]
+    def _pictures(self, sample: Media) -> list[Image.Image]:
+        if sample.kind == "image":
+            return [picture_of(sample.data)]
+        if self.fps is None:
+            rows = evenly_spaced(len(sample.data), self.num_frames)
+        elif sample.rate:
+            rows = at_rate(len(sample.data), sample.rate, self.fps)
+        else:
+            raise ValueError(f"reward '{self.spec.name}': a video without a rate; set Media.rate to its frames per second")
+        return [picture_of(frame) for frame in sample.data[rows]]
+
+    def _verdict(self, pictures: Sequence[Image.Image], caption: str) -> Verdict:
+        content: list[dict[str, Any]] = [{"type": "image", "image": one} for one in pictures]
+        if self.as_video:
+            content = [{"type": "video", "video": list(pictures)}]
         content.append({"type": "text", "text": fill(self.wording, caption)})
         inputs = self._processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True,
                                                      return_tensors="pt").to(self.device, self._network.dtype)
         tokens = inputs["input_ids"][0]
         places = [(tokens == token).nonzero() for token in self._token_ids]
-        # as_data breaks special tokens in captions, so a second one means a chat template that adds it.
-        assert all(len(place) == 1 for place in places), [len(place) for place in places]
+        if not all(len(place) == 1 for place in places):  # as_data breaks special tokens in captions: it is the chat template
+            raise ValueError(f"reward '{self.spec.name}': the chat template makes {[len(place) for place in places]} of the tokens of "
+                             f"{', '.join(self.axes)}, expected one of each; use the template that was saved with the checkpoint")
         hidden = self._network(**inputs).last_hidden_state[0]
         values = self._head(hidden[torch.cat(places)[:, 0]].float())
         read = values.diagonal() if self.readout == "diagonal" else values[:, 0]

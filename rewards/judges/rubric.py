@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from visalign.protocols import RewardSpec
@@ -50,12 +50,15 @@ class RubricJudge:
     A sample is invalid if one of its criteria has no probability: a mean over the others would be a score on another scale.
     """
 
+    spec = RewardSpec(name="rubric_judge", modality=frozenset({"image", "video"}), requires=frozenset({"prompt"}), raw_range=(0.0, 1.0))
+
     def __init__(self, backend: Backend | Mapping[str, Any], rubric: Sequence[Mapping[str, Any]] | None = None, *,
                  modality: MediaKind = "image", gate: Literal["step", "soft"] = "step", threshold: float = 0.5, top_logprobs: int = 20,
                  num_frames: int = 8, max_side: int | None = None, name: str = "rubric_judge") -> None:
         """
         Args:
-            backend: {base_urls: ..., model: ...} or {folder: ...}; it must return log-probabilities and not think before it answers.
+            backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``);
+                it must return log-probabilities and not think before it answers.
             rubric: criteria for all prompts, {text, id, kind, weight, polarity}; ``None`` reads each prompt's own.
             gate: how hard rules count, "step" at ``threshold`` or "soft".
             top_logprobs: alternatives asked for; hosted servers allow 20 at most, some 5.
@@ -72,9 +75,9 @@ class RubricJudge:
         self.inquiry = Inquiry(backend_from(backend), repairs=0)
         self.gate, self.threshold, self.top_logprobs = gate, threshold, top_logprobs
         self.num_frames, self.max_side = num_frames, max_side
-        self.spec = RewardSpec(name=name, modality=frozenset({modality}), raw_range=(0.0, 1.0), version=f"1-{gate}-{threshold:g}",
-                               requires=frozenset({"prompt"} if rubric is not None else {"prompt", "rubric"}),
-                               model_ids=(self.inquiry.backend.model,))
+        self.spec = replace(self.spec, name=name, modality=frozenset({modality}), version=f"1-{gate}-{threshold:g}",
+                            requires=frozenset({"prompt"} if rubric is not None else {"prompt", "rubric"}),
+                            model_ids=(self.inquiry.backend.model,))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError, naming the row, for a rubric that cannot be used."""

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from visalign.rewards.judges.completion import is_content_filter, read_completion
 from visalign.rewards.judges.question import Answer, Question, Reply
 from visalign.rewards.servers.cache import AnswerCache, key_of
-from visalign.rewards.servers.calls import RETRIED, Calls, bearer, server_message
+from visalign.rewards.servers.calls import Batch, Calls, bearer, passes, server_message
 from visalign.rewards.servers.transport import Response
 
 logger = logging.getLogger(__name__)
@@ -24,15 +23,18 @@ _WRONG_SETUP = {401: "set the key's environment variable and name it in api_key_
 
 
 class ChatServer:
-    """Asks ``POST {base_url}/chat/completions`` at temperature 0.
+    """Asks ``POST {base_url}/chat/completions``.
 
     A question that gets no answer has a reason: "timeout" (the call's or the batch's time was over), "connection" (refused or closed),
-    "garbage" (no completion came), "http CODE", "refused". What retrying may cure is retried, on another replica if there is one.
+    "garbage" (no completion came), "http CODE", "refused". What retrying may cure is retried, on another replica if there is one. While no
+    server answers, questions wait for one that does, as long as the batch's time allows: a judge may restart.
     """
 
     def __init__(self, base_urls: str | Sequence[str], model: str, *, api_key_env: str | None = None, concurrency: int = 16,
                  timeout: float = 120.0, batch_timeout: float = 1800.0, retries: int = 3, pause: float = 0.5,
-                 cache_dir: str | Path | None = None, extra: Mapping[str, Any] | None = None) -> None:
+                 cache_dir: str | Path | None = None, temperature: float | None = 0.0,
+                 max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+                 extra: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             base_urls: of servers with the same model, each up to and including ``/v1``.
@@ -44,6 +46,8 @@ class ChatServer:
             retries: further calls for a question after the first.
             pause: seconds before the first retry, doubled for each further one, with jitter; a server's Retry-After goes first.
             cache_dir: keeps every answer; a question with an answer there is not asked again. ``None`` keeps none.
+            temperature: of the answers; ``None`` leaves it to the server, for models that take no other than their own.
+            max_tokens_field: what the server calls the length of an answer; newer hosted models know "max_completion_tokens" alone.
             extra: further fields of the request, e.g. {"chat_template_kwargs": {"enable_thinking": False}}.
         Raises:
             ValueError: names the argument that is out of range, or the environment variable that is missing.
@@ -51,14 +55,16 @@ class ChatServer:
         urls = [base_urls] if isinstance(base_urls, str) else list(base_urls)
         if not urls or not all(url.startswith(("http://", "https://")) for url in urls):
             raise ValueError(f"base_urls {urls} must name servers as http://HOST:PORT/v1 or https://HOST/v1")
-        reserved = sorted({"model", "messages", "temperature", "max_tokens", "logprobs", "top_logprobs", "stream"} & set(extra or {}))
+        reserved = sorted({"model", "messages", "temperature", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs",
+                           "stream"} & set(extra or {}))
         if reserved:
             raise ValueError(f"extra sets {', '.join(reserved)}, which the judge sets itself; remove it")
         self.model = model
         self.extra = dict(extra or {})
+        self.temperature, self.max_tokens_field = temperature, max_tokens_field
         self.cache = AnswerCache(cache_dir, asdict, lambda row: Answer(**row)) if cache_dir is not None else None
         self.calls = Calls(urls, concurrency=concurrency, timeout=timeout, batch_timeout=batch_timeout, retries=retries, pause=pause,
-                           headers=bearer(api_key_env, "the judge's API key"))
+                           headers=bearer(api_key_env, "the judge's API key"), name=f"judge '{model}'")
         self._has_answered = False
 
     def ask(self, questions: Sequence[Question]) -> list[Reply]:
@@ -72,16 +78,17 @@ class ChatServer:
         return replies
 
     def _request(self, question: Question) -> dict[str, Any]:
-        request = {"model": self.model, "messages": question.messages(), "temperature": 0, "max_tokens": question.max_tokens, **self.extra}
+        request = {"model": self.model, "messages": question.messages(), self.max_tokens_field: question.max_tokens, **self.extra}
+        request |= {} if self.temperature is None else {"temperature": self.temperature}
         return request | ({"logprobs": True, "top_logprobs": question.top_logprobs} if question.top_logprobs else {})
 
-    def _reply(self, question: Question, deadline: float, stop: threading.Event) -> Reply:
+    def _reply(self, question: Question, batch: Batch) -> Reply:
         request = self._request(question)
         key = key_of(request)
         known = self.cache.get(key) if self.cache else None
         if known is not None:
             return Reply(answer=known)
-        reply = self.calls.call("/chat/completions", json.dumps(request).encode("utf-8"), self._outcome, deadline, stop)
+        reply = self.calls.call("/chat/completions", json.dumps(request).encode("utf-8"), self._outcome, batch)
         if reply.answer is not None:
             self._has_answered = True
             if self.cache:
@@ -103,10 +110,11 @@ class ChatServer:
         """A request that a server cannot take (an unknown field, too many images) fails alike for every sample."""
         asked = [reply for reply in replies if reply.attempts]
         turned_down = [reply for reply in asked if reply.reason and reply.reason.startswith("http ")
-                       and int(reply.reason.split()[1]) not in RETRIED]
+                       and not passes(int(reply.reason.split()[1]))]
         for reply in turned_down[:1]:
             logger.warning("judge '%s': %d of %d questions were turned down: %s, %s", self.model, len(turned_down), len(replies),
                            reply.reason, reply.message)
         if turned_down and len(turned_down) == len(replies) and not self._has_answered:
             raise ValueError(f"judge '{self.model}' turned down every question: {turned_down[0].reason}, {turned_down[0].message}; "
                              "compare the template's needs (number of images, log-probabilities, tokens) with what the server offers")
+

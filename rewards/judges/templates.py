@@ -19,7 +19,7 @@ from visalign.rewards.judges import parsers
 from visalign.rewards.judges.captions import CLOSE, NOTICE, OPEN
 from visalign.rewards.judges.inquiry import Read
 from visalign.rewards.judges.question import Answer, Verdict
-from visalign.rewards.judges.tokens import share
+from visalign.rewards.judges.tokens import probability, share
 
 _CAPTION = f"Caption: {OPEN}{{prompt}}{CLOSE}\n{NOTICE}"
 _INSTRUCTION = f"Editing instruction: {OPEN}{{prompt}}{CLOSE}\n{NOTICE}"
@@ -56,11 +56,13 @@ class Template:
         return f"{self.name}-{hashlib.sha256(self.wording.encode()).hexdigest()[:8]}"
 
 
-def template(name: str, subject: Literal["one", "pair"], wording: str | None = None) -> Template:
-    """The template of that name, with other words if given.
+def template(name: str, subject: Literal["one", "pair"], wording: str | None = None, max_tokens: int | None = None,
+             top_logprobs: int | None = None) -> Template:
+    """The template of that name, with other words, longer answers or fewer alternatives if given.
 
     Raises:
-        ValueError: an unknown name, a template for the other subject, or a wording without ``{prompt}`` where the caption matters.
+        ValueError: an unknown name, a template for the other subject, a wording without ``{prompt}`` where the caption matters, or numbers
+            that the template has no use for.
     """
     known = {one.name: one for one in TEMPLATES if one.subject == subject}
     if name not in known:
@@ -70,6 +72,15 @@ def template(name: str, subject: Literal["one", "pair"], wording: str | None = N
         raise ValueError(f"template '{name}' judges a {other}; use the other judge or one of {', '.join(sorted(known))}" if other else
                          f"unknown template '{name}'{hint}; known: {', '.join(sorted(known))}")
     found = known[name]
+    if max_tokens is not None:
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens {max_tokens} must be at least 1")
+        found = replace(found, max_tokens=max_tokens)
+    if top_logprobs is not None:
+        if not found.top_logprobs or top_logprobs < 2:
+            raise ValueError(f"top_logprobs {top_logprobs}: template '{name}' reads " +
+                             ("at least 2 alternatives" if found.top_logprobs else "words, no log-probabilities"))
+        found = replace(found, top_logprobs=top_logprobs)
     if wording is None:
         return found
     if "{prompt}" in found.wording and "{prompt}" not in wording:
@@ -81,9 +92,9 @@ def _text(parse: Callable[[str], Verdict | None]) -> Read:
     return lambda answer: parse(answer.text) or "parse"
 
 
-def _shared(wanted: str, against: str) -> Read:
+def _token(measure: Callable[..., float | str], wanted: str, against: str) -> Read:
     def read(answer: Answer) -> Verdict | str:
-        value = share(answer.first_token, (wanted,), (against,))
+        value = measure(answer.first_token, (wanted,), (against,))
         return value if isinstance(value, str) else Verdict(value)
 
     return read
@@ -128,10 +139,11 @@ def _axes(name: str, modality: Literal["image", "video"], axes: tuple[str, ...],
 
 
 _PAIR_FORM = '"Image 1 is better.", "Image 2 is better." or "Both images are equally good."'
+_VQA = f"{_CAPTION}\nDoes the image show what the caption says? Answer yes or no."
 _EDIT_FORM = '{"reasoning": "...", "score": [a, b]}'
 
 TEMPLATES: tuple[Template, ...] = (
-    Template("verdict_token", "pair", "image", max_tokens=1, top_logprobs=20, read=_shared("1", "2"),
+    Template("verdict_token", "pair", "image", max_tokens=1, top_logprobs=20, read=_token(share, "1", "2"),
              wording=f"Two images, Image 1 and Image 2, were generated for one caption.\n{_CAPTION}\nWhich one fits the caption better and "
                      "looks better? Answer with the digit 1 or 2 and nothing else."),
     Template("unified_reward_pair", "pair", "image", max_tokens=512,
@@ -190,6 +202,7 @@ TEMPLATES: tuple[Template, ...] = (
                      f"{_EDIT_FORM}",
              read=_text(lambda text: parsers.listed_scores(text, ("success", "restraint"), 25, "geometric")),
              reminder=f"Give the JSON object alone: {_EDIT_FORM}"),
-    Template("vqa", "one", "image", max_tokens=1, top_logprobs=20, read=_shared("yes", "no"),
-             wording=f"{_CAPTION}\nDoes the image show what the caption says? Answer yes or no."),
+    # Two different numbers: P(yes) / (P(yes) + P(no)), and P(yes), which is VQAScore's.
+    Template("vqa", "one", "image", max_tokens=1, top_logprobs=20, read=_token(share, "yes", "no"), wording=_VQA),
+    Template("vqascore", "one", "image", max_tokens=1, top_logprobs=20, read=_token(probability, "yes", "no"), wording=_VQA),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from visalign.protocols import RewardSpec
@@ -33,6 +34,8 @@ _REMINDER = "Give the list alone, one 0 or 1 per point, in order: <score>[1, 0, 
 class TestpointJudge:
     """Share of a prompt's test points (``metadata["testpoints"]``, see ``unigenbench``) that a vision-language model finds fulfilled."""
 
+    spec = RewardSpec(name="testpoint_judge", modality=frozenset({"image", "video"}), raw_range=(0.0, 1.0),
+                      requires=frozenset({"prompt", "testpoints"}))
     __test__ = False  # no test class, whatever its name suggests to pytest
 
     def __init__(self, backend: Backend | Mapping[str, Any], *, wording: str | None = None, modality: MediaKind = "image",
@@ -56,8 +59,7 @@ class TestpointJudge:
             raise ValueError(f"the wording lacks {' and '.join(missing)}: answers would not depend on what is asked")
         self.inquiry = Inquiry(backend_from(backend), repairs)
         self.max_tokens, self.num_frames, self.max_side = max_tokens, num_frames, max_side
-        self.spec = RewardSpec(name=name, modality=frozenset({modality}), raw_range=(0.0, 1.0), model_ids=(self.inquiry.backend.model,),
-                               requires=frozenset({"prompt", "testpoints"}))
+        self.spec = replace(self.spec, name=name, modality=frozenset({modality}), model_ids=(self.inquiry.backend.model,))
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError, naming the row, for test points that cannot be asked about."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from visalign.rewards.remote.keys import row_key
 from visalign.rewards.servers.cache import AnswerCache
-from visalign.rewards.servers.calls import RETRIED, Calls, Outcome, account, bearer, server_message
+from visalign.rewards.servers.calls import Batch, Calls, Outcome, account, bearer, passes, server_message
 from visalign.rewards.servers.transport import Response, get
 from visalign.types import Prompt, Scores
 from visalign.wire.answers import gather_scores, unpack_answer
@@ -46,7 +45,7 @@ class RewardClient:
         self.scorer = scorer
         headers = {"Content-Type": CONTENT_TYPE, **bearer(token_env, "the reward server's token")}
         self.calls = Calls(self.urls, concurrency=concurrency, timeout=timeout, batch_timeout=batch_timeout, retries=retries, pause=pause,
-                           headers=headers)
+                           headers=headers, name=f"reward '{scorer}'")
         catalogues = self._catalogues(startup_timeout)
         self.part = self._part(catalogues)
         self.spec = self.part.spec.spec()
@@ -75,8 +74,8 @@ class RewardClient:
                    min(self.limits.max_batch, self.limits.max_samples), self.limits.max_bytes / 2)
         numbers = [[unknown[place] for place in places] for places in cuts]
 
-        def one(part: Sequence[int], deadline: float, stop: threading.Event) -> Outcome[Scores]:
-            outcome = self._call([rows[number] for number in part], task, deadline, stop)
+        def one(part: Sequence[int], batch: Batch) -> Outcome[Scores]:
+            outcome = self._call([rows[number] for number in part], task, batch)
             if outcome.answer is not None and self.cache is not None:
                 self._keep(self.cache, [keys[number] for number in part], outcome.answer)
             return outcome
@@ -105,15 +104,15 @@ class RewardClient:
         size = _PROMPTS_WITH_PICTURES if any(prompt.images for prompt in prompts) else self.limits.max_samples
         chunks = [prompts[start:start + size] for start in range(0, len(prompts), size)]
 
-        def one(chunk: Sequence[Prompt], deadline: float, stop: threading.Event) -> Outcome[bool]:
+        def one(chunk: Sequence[Prompt], batch: Batch) -> Outcome[bool]:
             return self.calls.call(f"/v1/check/{quote(self.scorer)}", pack_prompts(chunk, self.encodings), lambda response, url: (
-                True if response.status == 200 else self._failed(response, url)), deadline, stop)
+                True if response.status == 200 else self._failed(response, url)), batch)
 
         for outcome in self.calls.each(chunks, one):
             if outcome.answer is None:
                 raise ValueError(f"reward server for '{self.scorer}' could not check the prompts: {outcome.reason}, {outcome.message}")
 
-    def _call(self, rows: Sequence[Row], task: str, deadline: float, stop: threading.Event) -> Outcome[Scores]:
+    def _call(self, rows: Sequence[Row], task: str, batch: Batch) -> Outcome[Scores]:
 
         def read(response: Response, url: str) -> Scores | str:
             if response.status != 200:
@@ -130,11 +129,11 @@ class RewardClient:
                                  f"{self.part.spec}; serve the same, or start a new run")
             return scores
 
-        return self.calls.call(f"/v1/{task}/{quote(self.scorer)}", pack_rows(rows, self.encodings), read, deadline, stop)
+        return self.calls.call(f"/v1/{task}/{quote(self.scorer)}", pack_rows(rows, self.encodings), read, batch)
 
     def _failed(self, response: Response, url: str) -> str:
         """The reason; a refusal that asking again cannot cure ends the run."""
-        if 400 <= response.status < 500 and response.status not in RETRIED:
+        if 400 <= response.status < 500 and not passes(response.status):
             hint = f"; {_HINT[response.status]}" if response.status in _HINT else ""
             raise ValueError(f"reward server {url} answers {response.status}: {server_message(response.body)}{hint}")
         return f"http {response.status}"

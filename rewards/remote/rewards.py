@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from visalign.protocols import ALL_MEDIA, RewardSpec
 from visalign.rewards.remote.client import RewardClient
 from visalign.types import Comparisons, Media, Prompt, Scores
 from visalign.wire.rows import PairRow, ScoreRow
@@ -16,6 +17,7 @@ class _Remote:
     """What both adapters share: the client, and the server's declaration of the reward as their own."""
 
     task: ClassVar[str]
+    spec: RewardSpec
 
     def __init__(self, urls: str | Sequence[str], scorer: str, *, token_env: str | None = None, timeout: float = 60.0,
                  batch_timeout: float = 1800.0, retries: int = 3, pause: float = 0.5, concurrency: int = 4,
@@ -68,6 +70,7 @@ class Remote(_Remote):
     """
 
     task = "score"
+    spec = RewardSpec(name="remote", modality=ALL_MEDIA)  # or of latents, as its server says
 
     def score(self, media: Sequence[Media], prompts: Sequence[Prompt], group_id: Sequence[int]) -> Scores:
         """Scores as the reward gives them there, bit for bit.
@@ -84,6 +87,7 @@ class RemoteJudge(_Remote):
     """Compares pairs; ``win_rate`` makes a reward of it. Failures as in ``Remote``."""
 
     task = "compare"
+    spec = RewardSpec(name="remote_judge", arity="pairwise", modality=ALL_MEDIA)
 
     def compare(self, first: Sequence[Media], second: Sequence[Media], prompts: Sequence[Prompt]) -> Comparisons:
         """Probabilities as the judge gives them there, in the order given.

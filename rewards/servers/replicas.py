@@ -12,11 +12,12 @@ _LOOK_AGAIN = 0.1
 
 @dataclass
 class Replica:
-    """One base URL: how many calls it is busy with, how often it failed in a row, and until when it is left alone."""
+    """One base URL: how many calls it is busy with, how often it failed in a row, how, and until when it is left alone."""
 
     url: str
     in_flight: int = 0
     failures: int = 0
+    trouble: str = ""
     resting_until: float = 0.0
 
 
@@ -53,10 +54,11 @@ class Replicas:
             replica.in_flight -= 1
             replica.failures = 0
 
-    def failed(self, replica: Replica, now: float, pause: float, asked_to_wait: float | None = None) -> None:
+    def failed(self, replica: Replica, now: float, pause: float, trouble: str = "", asked_to_wait: float | None = None) -> None:
         """A call ended without one; the replica rests ``pause``, doubled for each failure in a row, or what it asked for."""
         with self._lock:
             replica.in_flight -= 1
             rest = min(MAX_REST, pause * 2**replica.failures) if asked_to_wait is None else asked_to_wait
             replica.failures += 1
+            replica.trouble = trouble
             replica.resting_until = max(replica.resting_until, now + rest)

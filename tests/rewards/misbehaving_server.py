@@ -9,10 +9,15 @@ an integer, or (status, seconds for Retry-After).
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
 
 HANG, DRIP, CLOSE, HALF, GARBAGE, HTML, TRUNCATED_JSON, EMPTY, REFUSAL, FILTERED = (
     "<hang>", "<drip>", "<close>", "<half>", "<garbage>", "<html>", "<truncated json>", "<empty>", "<refusal>", "<filtered>")
@@ -26,6 +31,12 @@ def completion(text, finish="stop", alternatives=None, **message):
         listed = [{"token": token, "logprob": value, "bytes": None} for token, value in alternatives.items()]
         choice["logprobs"] = {"content": [{"token": best, "logprob": alternatives[best], "bytes": None, "top_logprobs": listed}]}
     return {"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+
+
+def pictures(request):
+    """The pictures of a request as the judge sees them, uint8 (H, W, 3) each."""
+    urls = [part["image_url"]["url"] for part in request["messages"][0]["content"] if part["type"] == "image_url"]
+    return [np.asarray(Image.open(BytesIO(base64.b64decode(url.split(",")[1])))) for url in urls]
 
 
 class MisbehavingServer:

@@ -8,7 +8,7 @@ from torch import nn
 from visalign import playground
 from visalign.protocols import DifferentiableReward, Reward
 from visalign.rewards.aesthetic import AestheticScore
-from visalign.rewards.weights import fold_linear_layers, read_tensors, weights_file
+from visalign.rewards.weights import assert_affine, fold_linear_layers, read_tensors, weights_file
 from visalign.types import Media, Prompt
 
 PROMPTS = [Prompt("a red circle")] * 4
@@ -46,6 +46,15 @@ def test_five_linear_layers_are_one_affine_map():
     x = torch.randn(32, 768, dtype=torch.float64)
     torch.testing.assert_close(x @ weight + bias, head["layers"](x)[:, 0], rtol=1e-10, atol=1e-12)
     assert sum(tensor.numel() for tensor in head.state_dict().values()) == 769 * 1024 + 1025 * 128 + 129 * 64 + 65 * 16 + 17
+
+
+def test_that_the_folded_map_is_the_layers_is_asserted():
+    layers = [(torch.randn(3, 4).double(), torch.randn(3).double()), (torch.randn(1, 3).double(), torch.randn(1).double())]
+    weight, bias = (layers[1][0] @ layers[0][0])[0], (layers[1][0] @ layers[0][1] + layers[1][1])[0]
+    assert_affine(layers, weight, bias)
+    for wrong in ((weight + 1e-6, bias), (weight, bias + 1e-6), (weight.flip(0), bias)):
+        with pytest.raises(AssertionError):
+            assert_affine(layers, *wrong)
 
 
 def test_the_score_is_the_heads_answer_to_the_unit_embedding(reward, head, images):
@@ -110,6 +119,13 @@ def test_a_checkpoint_that_would_run_code_is_refused_unread(tmp_path, capsys):
 def test_a_head_that_is_no_chain_of_linear_layers(tensors, problem):
     with pytest.raises(ValueError, match=problem):
         fold_linear_layers(tensors)
+
+
+def test_the_head_is_looked_for_before_anything_large_is_fetched():
+    with pytest.raises(ValueError, match=r"reward 'aesthetic': no file nowhere\.pth"):
+        AestheticScore("nowhere.pth", model="ViT-L-14", pretrained="openai")
+    with pytest.raises(ValueError, match=r"reward 'aesthetic': no nobody/nothing head\.pth here.*hf download nobody/nothing head\.pth"):
+        AestheticScore("nobody/nothing/head.pth", model="ViT-L-14", pretrained="openai")
 
 
 def test_a_head_for_another_encoder_and_a_missing_file(tmp_path):

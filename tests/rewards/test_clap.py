@@ -122,12 +122,29 @@ def test_padding_by_repeats_fills_the_window(folder, clap):
     assert abs(values(clap, [short]).raw - values(clap, [full]).raw) > 1e-3
 
 
+def test_channels_are_averaged_and_every_sample_has_its_own_rate(clap):
+    left, right = sound(1.0).data, sound(1.0, seed=1).data
+    stereo, mono = Media("audio", torch.cat([left, right]), rate=RATE), Media("audio", (left + right) / 2, rate=RATE)
+    assert values(clap, [stereo]).raw.item() == pytest.approx(values(clap, [mono]).raw.item(), abs=1e-5)
+    mixed = [sound(1.0), sound(1.0, rate=16000), sound(1.0, rate=44100)]
+    alone = torch.cat([values(clap, [one], TEXTS[:1]).raw for one in mixed])
+    torch.testing.assert_close(values(clap, mixed, TEXTS[:1] * 3).raw, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, alone[:1].expand(3), atol=0.02, rtol=0)  # one sound at three rates
+    with pytest.raises(ValueError, match="audio without a rate"):
+        clap.score([Media("audio", left)], [Prompt("a")], [0])
+
+
 def test_rate_and_channels_do_not_matter(clap):
     original = values(clap, [sound(1.0)]).raw.item()
     assert values(clap, [sound(1.0, channels=2)]).raw.item() == pytest.approx(original, abs=1e-5)
     assert values(clap, [sound(1.0, rate=44100)]).raw.item() == pytest.approx(original, abs=0.02)
     misread = Media("audio", sound(1.0, rate=44100).data, rate=RATE)
     assert abs(values(clap, [misread]).raw.item() - original) > 0.05
+
+
+def test_it_is_frozen_and_in_evaluation_mode(clap):
+    assert not clap.model.training
+    assert not any(parameter.requires_grad for parameter in clap.model.parameters())
 
 
 def test_silence_is_invalid_or_what_was_declared(folder, clap):
@@ -147,6 +164,14 @@ def test_a_model_with_feature_fusion_is_deterministic(tmp_path):
     media = [sound(1.0), sound(2.5, seed=1)]
     first = values(clap, media)
     assert first.valid.all()
+    # Fused models were trained on other mel filters than the rest: the extractor's own for "fusion".
+    model = ClapModel.from_pretrained(tmp_path).eval()
+    mel = clap.extractor(media[0].data[0].numpy(), sampling_rate=RATE, truncation="fusion", return_tensors="pt")["input_features"]
+    tokens = clap.tokenizer(TEXTS[:1], return_tensors="pt")
+    with torch.no_grad():
+        out = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], input_features=mel.float(),
+                    is_longer=torch.zeros(1, 1, dtype=torch.bool))
+    torch.testing.assert_close(first.raw[:1], (out.audio_embeds * out.text_embeds).sum(-1), atol=1e-5, rtol=0)
     for seed in range(3):
         np.random.seed(seed)  # what the extractor marks a random clip as longer with
         assert torch.equal(values(clap, media).raw, first.raw)
@@ -184,5 +209,15 @@ def test_wrong_models_and_settings_are_refused(tmp_path, folder):
         ClapScore(folder, padding="pad")
     with pytest.raises(ValueError, match="silence_value 3 is no cosine"):
         ClapScore(folder, silence_value=3)
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"reward 'clap': no folder .*nowhere; give the folder of a model"):
         ClapScore(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"reward 'clap': no nobody/clap here, and the hub does not give it; .* hf download nobody/clap"):
+        ClapScore("nobody/clap", cache_dir=str(tmp_path))
+
+
+def test_an_incomplete_checkpoint_is_refused(folder, tmp_path):
+    model = ClapModel.from_pretrained(folder)
+    state = {key: value for key, value in model.state_dict().items() if key != "audio_projection.linear2.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of a ClapModel \(the first is audio_projection\.linear2\.weight"):
+        ClapScore(str(tmp_path))

@@ -214,20 +214,66 @@ def test_an_empty_tokenizer_is_refused_and_a_small_real_one_accepted(tmp_path):
     assert ClipScore(str(folder)).score(media(smooth_images(1)), prompts(1), [0]).valid.all()
 
 
+@pytest.mark.parametrize(("model", "pretrained", "problem"), [
+    ("ViT-B-32", None, "model 'ViT-B-32' without pretrained would be random weights; name a checkpoint file or a tag: openai, "),
+    ("ViT-B-23", "openai", r"'ViT-B-23' is neither a folder nor an architecture of open_clip, did you mean ViT-B-32"),
+    ("ViT-B-32", "opennai", "'opennai' is neither a file nor weights that open_clip has for ViT-B-32, did you mean openai"),
+    ("ViT-B-32", "openai", "reward 'clip': no ViT-B-32 with pretrained openai here, and the hub .* with this same command"),
+    ("hf-hub:nobody/nothing", None, "reward 'clip': no nobody/nothing here, and the hub does not give it; .*hf download nobody/nothing")])
+def test_models_that_are_not_there_are_one_message(model, pretrained, problem, tmp_path):
+    with pytest.raises(ValueError, match=problem):
+        ClipScore(model, pretrained, cache_dir=str(tmp_path))
+
+
+def test_a_folder_of_another_kind(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"does not hold what is needed: .*open_clip_config\.json"):
+        ClipScore(str(tmp_path))
+
+
 def test_missing_weights_are_an_error(tmp_path):
-    with pytest.raises(ValueError, match="random weights"):
-        ClipScore("ViT-B-32", pretrained=None)
     (save_model(tmp_path) / "open_clip_pytorch_model.bin").unlink()
     with pytest.raises(RuntimeError, match="could not be loaded"):
         ClipScore(str(tmp_path))
 
 
+def tiny_architecture(tmp_path):
+    (tmp_path / "visalign-tiny-test.json").write_text(json.dumps(CONFIG))
+    open_clip.add_model_config(tmp_path)
+    return "visalign-tiny-test"
+
+
+def test_a_tag_trained_with_quick_gelu_gets_its_activation(tmp_path, folder, clip, monkeypatch):
+    """A plain architecture would load these weights with a warning and score something else."""
+    name, file = tiny_architecture(tmp_path), str(folder / "open_clip_pytorch_model.bin")
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, name, {"quick": {"file": file, "quick_gelu": True}, "plain": {"file": file}})
+    images = media(smooth_images(2))
+    quick, plain = (ClipScore(name, tag) for tag in ("quick", "plain"))
+    assert isinstance(quick.model.visual.transformer.resblocks[0].mlp.gelu, open_clip.transformer.QuickGELU)
+    assert torch.equal(plain.score(images, prompts(2), [0, 1]).raw, clip.score(images, prompts(2), [0, 1]).raw)
+    assert (quick.score(images, prompts(2), [0, 1]).raw - plain.score(images, prompts(2), [0, 1]).raw).abs().max() > 1e-4
+
+
+def test_padding_has_the_models_own_colour_on_both_paths(tmp_path):
+    folder = save_model(tmp_path)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] = {"resize_mode": "longest", "fill_color": 127}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    wide = smooth_images(2, 16, 64)
+    grey = ClipScore(str(folder))
+    raw = grey.score(media(wide), prompts(2), [0, 1]).raw
+    torch.testing.assert_close(grey.score_tensor(wide.float() / 255, prompts(2)), raw, atol=1e-3, rtol=0)
+    padded = torch.nn.functional.pad(wide, (0, 0, 24, 24), value=127)
+    torch.testing.assert_close(raw, ClipScore(str(folder)).score(media(padded), prompts(2), [0, 1]).raw, atol=5e-3, rtol=0)
+
+
+def test_it_is_frozen_and_in_evaluation_mode(clip):
+    assert not clip.model.training
+    assert not any(parameter.requires_grad for parameter in clip.model.parameters())
+
+
 def test_a_checkpoint_file_of_a_named_architecture(tmp_path, folder, clip):
-    configs = tmp_path / "configs"
-    configs.mkdir()
-    (configs / "visalign-tiny-test.json").write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(configs)
-    same = ClipScore("visalign-tiny-test", pretrained=str(folder / "open_clip_pytorch_model.bin"))
+    same = ClipScore(tiny_architecture(tmp_path), pretrained=str(folder / "open_clip_pytorch_model.bin"))
     images = media(smooth_images(2))
     assert torch.equal(same.score(images, prompts(2), [0, 1]).raw, clip.score(images, prompts(2), [0, 1]).raw)
 

@@ -10,6 +10,7 @@ from transformers import (
     Mask2FormerImageProcessor,
     SwinConfig,
     YolosForObjectDetection,
+    YolosImageProcessor,
 )
 
 from tests.rewards.tiny_detector import make
@@ -72,6 +73,12 @@ def test_a_failed_position_is_zero_and_pairs_are_averaged():
     assert terms(include, [at(0, 0), at(90, 0), at(50, 0, "cat")])["position"] == [0.5]
 
 
+def test_only_as_many_objects_as_are_wanted_are_placed_the_most_confident_first():
+    sure, unsure, cat = at(0, 0, score=0.9), at(90, 0, score=0.5), at(50, 0, "cat")
+    include = [{"class": "cat"}, {"class": "dog", "position": ["left of", 0]}]
+    assert terms(include, [unsure, sure, cat])["position"] == [1.0]
+
+
 def test_only_objects_of_the_colour_are_placed():
     red, blue, cat = at(0, 0), at(90, 0), at(50, 0, "cat")
     include = [{"class": "cat"}, {"class": "dog", "color": "blue", "position": ["right of", 0]}]
@@ -124,6 +131,28 @@ def test_boxes_come_back_in_the_images_own_pixels(yolos):
     assert detector(torch.zeros(3, 100, 200, dtype=torch.uint8), 0.99) == []
 
 
+def test_counting_wants_more_confidence(yolos, tmp_path):
+    """A detector that is 84 % sure: enough for an object, not for one of several."""
+    model = YolosForObjectDetection.from_pretrained(yolos)
+    with torch.no_grad():
+        model.class_labels_classifier.layers[-1].bias[1] = math.log(2 * 0.84 / 0.16)
+    model.save_pretrained(tmp_path)
+    YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    reward = DetectedObjects(str(tmp_path), clip=CLIP, device="cpu")
+    include = [{"class": "dog", "count": 2}]
+    prompts = [Prompt("a", metadata={"include": include}), Prompt("b", metadata={"include": include, "tag": "counting"})]
+    assert reward.score([picture((255, 0, 0))] * 2, prompts, [0, 1]).raw.tolist() == [1.0, 0.0]
+
+
+def test_pixels_reach_the_network_once_rescaled_and_in_their_own_order(yolos):
+    detector, seen = Detector(str(yolos), device="cpu"), []
+    detector.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    levels = torch.tensor([255, 100, 0], dtype=torch.uint8)
+    detector(levels[:, None, None].expand(3, 20, 20).contiguous(), 0.3)
+    mean, std = torch.tensor(detector.processor.image_mean), torch.tensor(detector.processor.image_std)
+    torch.testing.assert_close(seen[0][0].mean(dim=(1, 2)), (levels / 255 - mean) / std, rtol=1e-3, atol=1e-3)
+
+
 def picture(color):
     image = torch.zeros(3, 48, 64, dtype=torch.uint8)
     image[:, 8:40, 8:56] = torch.tensor(color, dtype=torch.uint8)[:, None, None]
@@ -157,17 +186,20 @@ def test_genevals_verdict_allows_more_objects_and_stands_beside_the_strict_one_w
         assert scores.details["strict"].tolist() == strict
 
 
-def test_the_colour_is_the_nearest_description_of_the_object_without_its_background(yolos):
-    reward = DetectedObjects(str(yolos), clip=CLIP, device="cpu")
+def test_the_colour_is_the_nearest_description_of_the_object_without_its_background(yolos, monkeypatch):
+    reward, shown = DetectedObjects(str(yolos), clip=CLIP, device="cpu"), []
+    embed = reward.encoder.images
+    monkeypatch.setattr(reward.encoder, "images", lambda pictures: shown.extend(pictures) or embed(pictures))
     image = torch.randint(0, 256, (3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     y, x = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
     mask = ((x - 16) ** 2 + (y - 16) ** 2) < 100
     texts = {color: [f"a photo of a {color} dog", f"a photo of a {color}-colored dog", f"a photo of a {color} object"] for color in COLORS}
     names = torch.stack([reward.encoder.texts(of).mean(dim=0) for of in texts.values()])
     for kept, whole in ((mask, image * mask + 153 * ~mask), (None, image)):
-        similarity = torch.nn.functional.cosine_similarity(names, reward.encoder.images([whole[:, 6:26, 6:26].to(torch.uint8)]))
+        cut = whole[:, 6:26, 6:26].to(torch.uint8)
         seen = reward._color(image, Detection("dog", 0.9, (6.0, 6.0, 26.0, 26.0), kept))
-        assert seen == COLORS[int(similarity.argmax())]
+        assert torch.equal(shown[-1], cut)
+        assert seen == COLORS[int(torch.nn.functional.cosine_similarity(names, embed([cut])).argmax())]
 
 
 def test_requests_are_checked_against_the_detectors_classes(yolos):
@@ -203,7 +235,7 @@ def test_what_is_no_detector_or_not_complete(yolos, tmp_path):
     model = YolosForObjectDetection.from_pretrained(yolos)
     state = {key: value for key, value in model.state_dict().items() if key != "class_labels_classifier.layers.2.weight"}
     model.save_pretrained(tmp_path / "cut", state_dict=state)
-    with pytest.raises(ValueError, match=r"lacks 1 tensors \(class_labels_classifier\.layers\.2\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of a Yolos.* \(the first is class_labels_classifier\.layers\.2\.weight"):
         Detector(str(tmp_path / "cut"))
     SwinConfig().save_pretrained(tmp_path / "swin")
     with pytest.raises(ValueError, match="is a swin; expected an object detector"):

@@ -1,5 +1,6 @@
 """HPS v2: a bare state dict in open_clip's architecture, the whole image padded with black, no logit scale; tiny random weights."""
 
+import inspect
 import json
 
 import open_clip
@@ -87,6 +88,22 @@ def test_it_has_a_gradient_and_stays_float32_inside_autocast(reward):
         assert torch.equal(reward.score_tensor(pixels, prompts), outside)
     (gradient,) = torch.autograd.grad(outside[1], pixels)
     assert (gradient.flatten(1).abs().amax(dim=1) > 0).tolist() == [False, True, False]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_unread(tmp_path, capsys, published):
+    class Surprise:
+        def __reduce__(self):
+            return (print, ("this ran",))
+
+    torch.save({"state_dict": {"visual.proj": Surprise()}}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match=r"bad\.pt holds more than tensors, and loading it could run code"):
+        HumanPreferenceScore(str(tmp_path / "bad.pt"), model=ARCHITECTURE)
+    assert "this ran" not in capsys.readouterr().out
+
+
+def test_version_2_1_is_the_default():
+    """The published package's own default is 2.0."""
+    assert inspect.signature(HumanPreferenceScore).parameters["weights"].default == "xswu/HPSv2/HPS_v2.1_compressed.pt"
 
 
 def test_missing_files_and_foreign_weights(published, tmp_path):

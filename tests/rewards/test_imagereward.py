@@ -143,6 +143,16 @@ def test_the_tensor_path_agrees_and_has_gradients(reward):
     assert (gradient.flatten(1).abs().amax(dim=1) > 0).tolist() == [False, True, False]
 
 
+def test_float32_inside_autocast_frozen_and_in_evaluation_mode(reward):
+    pixels, prompts = images().float() / 255, [Prompt(text) for text in TEXTS]
+    outside = reward.score_tensor(pixels, prompts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(reward.score_tensor(pixels, prompts), outside)
+    for tower in (reward.vision, reward.text):
+        assert not tower.training
+        assert not any(parameter.requires_grad for parameter in tower.parameters())
+
+
 def test_long_prompts_are_cut_and_it_is_said_once(folder, caplog):
     reward = ImageReward(str(folder / "ImageReward.pt"), tokenizer=str(folder), device="cpu")
     long = "red " * 33

@@ -1,16 +1,13 @@
 """PaCo's question about parts of a picture and about edits."""
 
-import base64
 import math
-from io import BytesIO
 from itertools import combinations
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.rewards.misbehaving_server import MisbehavingServer, completion
+from tests.rewards.misbehaving_server import MisbehavingServer, completion, pictures
 from visalign.rewards.judges.consistency import ConsistencyJudge
 from visalign.types import Media, Prompt
 
@@ -22,9 +19,9 @@ def grid(*levels):
 
 def closeness(request):
     """P(yes) falls with the gap between the two grey levels; half of it where the question is about logic, 0.25 for following."""
-    *pictures, words = request["messages"][0]["content"]
-    a, b = (int(np.asarray(Image.open(BytesIO(base64.b64decode(one["image_url"]["url"].split(",")[1]))))[0, 0, 0]) for one in pictures)
-    p = 0.25 if "follow the instruction" in words["text"] else math.exp(-abs(a - b) / 50) * 0.9 * (0.5 if "logic" in words["text"] else 1)
+    a, b = (int(picture[0, 0, 0]) for picture in pictures(request))
+    words = request["messages"][0]["content"][-1]["text"]
+    p = 0.25 if "follow the instruction" in words else math.exp(-abs(a - b) / 50) * 0.9 * (0.5 if "logic" in words else 1)
     return completion("Yes", finish="length", alternatives={"Yes": math.log(p), "No": math.log(1 - p)})
 
 

@@ -3,11 +3,6 @@
 import math
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from io import BytesIO
 
 import pytest
@@ -16,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.rewards.tiny_judge import make
+from tests.rewards.transformers_server import serving
 from visalign.rewards.judges.images import png
 from visalign.rewards.judges.local import LocalModel
 from visalign.rewards.judges.pairwise import PairwiseJudge
@@ -58,6 +54,13 @@ def test_first_token_is_the_models_own(judge):
     assert reply.answer.text == max(listed, key=listed.get)
 
 
+def test_a_longer_answer_has_the_same_first_token(judge):
+    one, = judge.ask([Question("Image 1 is better", PICTURES, max_tokens=1, top_logprobs=20)])
+    longer, = judge.ask([Question("Image 1 is better", PICTURES, max_tokens=4, top_logprobs=20)])
+    assert longer.answer.first_token == pytest.approx(one.answer.first_token, abs=1e-5)
+    assert longer.answer.text.startswith(one.answer.text)
+
+
 def test_answers_depend_on_the_pictures_and_their_order(judge):
     ask = [judge.ask([Question("1 is better", pictures, 1, 20)])[0].answer.first_token["1"] for pictures in
            (PICTURES, PICTURES[::-1], PICTURES[:1])]
@@ -90,6 +93,13 @@ def test_rewards_over_a_model_in_this_process(judge, folder):
     assert words.reasons == ("truncated",)
 
 
+def test_a_judge_that_says_one_thing_says_it_in_this_process_too(tmp_path):
+    decided = LocalModel(str(make(tmp_path, verdict="Image 1 is better.")), device="cpu")
+    images = [Media("image", torch.full((3, 20, 30), level, dtype=torch.uint8)) for level in (0, 200)]
+    answer = PairwiseJudge(decided).compare(images, images[::-1], [Prompt("a")] * 2)
+    assert answer.prob_first.tolist() == [1.0, 1.0]
+
+
 def test_a_processor_without_a_chat_template(folder, tmp_path):
     for name in os.listdir(folder):
         if name != "chat_template.jinja":
@@ -103,32 +113,14 @@ def test_weights_that_are_missing_are_not_made_up(folder, tmp_path):
     weights = load_file(tmp_path / "cut" / "model.safetensors")
     save_file({name: tensor for name, tensor in weights.items() if "down_proj" not in name}, tmp_path / "cut" / "model.safetensors",
               {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks 1 weights of a LlavaFor.*down_proj"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of a LlavaFor.*down_proj"):
         LocalModel(str(tmp_path / "cut"))
 
 
 @pytest.fixture(scope="module")
 def served(folder, tmp_path_factory):
-    for package in ("fastapi", "uvicorn", "openai"):
-        pytest.importorskip(package)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--host", "127.0.0.1", "--port", str(port),
-               "--device", "cpu"]
-    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
-        try:
-            for _ in range(240):
-                assert process.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.terminate()
+    with serving(folder, tmp_path_factory.mktemp("serve") / "log") as url:
+        yield url
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import random
 import subprocess
 import sys
 import time
+from email.utils import formatdate
+from itertools import pairwise
 
 import pytest
 
@@ -23,6 +25,8 @@ from tests.rewards.misbehaving_server import (
 )
 from visalign.rewards.judges.question import Question
 from visalign.rewards.judges.server import ChatServer
+from visalign.rewards.servers import transport
+from visalign.rewards.servers.transport import Response
 
 GOOD = "Image 1 is better."
 
@@ -43,12 +47,35 @@ def nobody():
     return server.url
 
 
-@pytest.mark.parametrize(("trouble", "calls"), [(500, 2), (503, 2), (429, 2), (408, 2), (CLOSE, 2), (HALF, 2), (GARBAGE, 2), (HTML, 2),
-                                                (TRUNCATED_JSON, 2), ((429, 0), 2)])
-def test_what_passes_is_retried(trouble, calls):
+@pytest.mark.parametrize("trouble", [500, 502, 503, 504, 507, 522, 524, 529, 429, 408, 409, 425, (429, 0), CLOSE, HALF, GARBAGE, HTML,
+                                     TRUNCATED_JSON])
+def test_what_passes_is_retried(trouble):
     with MisbehavingServer([trouble, GOOD]) as server:
         reply, = client(server).ask([question()])
-    assert (reply.answer.text, reply.reason, reply.attempts, len(server.requests)) == (GOOD, None, calls, calls)
+    assert (reply.answer.text, reply.reason, reply.attempts, len(server.requests)) == (GOOD, None, 2, 2)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422, 501, 505])
+def test_what_does_not_pass_is_asked_once(status):
+    with MisbehavingServer([GOOD, status]) as server:
+        ask = client(server).ask
+        assert ask([question()])[0].answer.text == GOOD
+        # After a first answer the set-up is right, so that a batch of refused requests is a batch of invalid samples.
+        assert [reply.reason for reply in ask([question("a"), question("b")])] == [f"http {status}"] * 2
+    assert len(server.requests) == 3
+
+
+def test_pauses_double():
+    arrivals = []
+
+    def late(request):
+        arrivals.append(time.monotonic())
+        return 500 if len(arrivals) < 5 else GOOD
+
+    with MisbehavingServer([late]) as server:
+        assert client(server, retries=4, pause=0.05).ask([question()])[0].answer.text == GOOD
+    for k, (before, after) in enumerate(pairwise(arrivals)):
+        assert after - before >= 0.5 * 0.05 * 2**k
 
 
 @pytest.mark.parametrize(("trouble", "reason"), [(500, "http 500"), ((429, 0), "http 429"), (CLOSE, "connection"), (HALF, "connection"),
@@ -61,7 +88,7 @@ def test_what_stays_has_a_reason_and_no_answer(trouble, reason):
         assert len(server.requests) == 2
 
 
-@pytest.mark.parametrize("refusal", [REFUSAL, FILTERED, EMPTY])
+@pytest.mark.parametrize("refusal", [REFUSAL, FILTERED, EMPTY, completion("Image 1", finish="content_filter")])
 def test_a_refusal_is_an_answer_and_is_not_argued_with(refusal):
     with MisbehavingServer([refusal]) as server:
         reply, = client(server).ask([question()])
@@ -82,6 +109,43 @@ def test_a_server_that_asks_for_more_than_there_is_ends_the_question_at_once():
         reply, = client(server, batch_timeout=20).ask([question()])
     assert (reply.reason, reply.attempts) == ("http 429", 1)
     assert reply.seconds < 10
+
+
+def test_a_server_may_name_a_date():
+    def asked(value):
+        return Response(429, {"retry-after": value}, b"").retry_after()
+
+    assert asked("2") == 2
+    assert asked(formatdate(time.time() + 100, usegmt=True)) == pytest.approx(100, abs=5)
+    assert asked(formatdate(time.time() - 100, usegmt=True)) == 0
+    assert asked("soon") is None
+    assert asked("") is None
+
+
+def test_an_answer_without_end_is_no_answer(monkeypatch):
+    monkeypatch.setattr(transport, "MAX_BYTES", 1000)
+    with MisbehavingServer(["x" * 1000]) as server:
+        reply, = client(server, retries=0).ask([question()])
+    assert (reply.answer, reply.reason) == (None, "connection")
+    assert "more than 1000 bytes" in reply.message
+
+
+def test_content_in_parts_is_read_as_one_text():
+    parts = [{"type": "reasoning", "text": "Image 2"}, {"type": "text", "text": "Image 1 "}, {"type": "text", "text": "is better."}]
+    with MisbehavingServer([completion(parts), completion(7)]) as server:
+        ask = client(server, retries=0).ask
+        assert ask([question("a")])[0].answer.text == GOOD
+        assert ask([question("b")])[0].reason == "garbage"
+
+
+def test_waiting_for_a_dead_server_is_said_once(nobody, monkeypatch, caplog):
+    monkeypatch.setattr("visalign.rewards.servers.calls._PATIENCE", 0.2)
+    replies = client(nobody, concurrency=2, batch_timeout=3, pause=0.1).ask([question(str(i)) for i in range(5)])
+    assert not any(reply.answer for reply in replies)
+    said = [record.getMessage() for record in caplog.records if "no server answers" in record.getMessage()]
+    assert len(said) == 1
+    assert f"no server answers ({nobody}: " in said[0]
+    assert "requests wait for one that does, at most" in said[0]
 
 
 def test_the_batch_ends_when_its_time_does():
@@ -152,6 +216,15 @@ def test_what_is_sent():
     assert request == {"model": "judge", "messages": [{"role": "user"}], "temperature": 0, "max_tokens": 8, "logprobs": True,
                        "top_logprobs": 20, "chat_template_kwargs": {"enable_thinking": False}}
     assert reply.answer.first_token == {"1": -0.1, "2": -2.3}
+
+
+def test_fields_that_hosted_models_call_otherwise(tmp_path):
+    with MisbehavingServer([GOOD]) as server:
+        reply, = client(server, temperature=None, max_tokens_field="max_completion_tokens", cache_dir=tmp_path).ask([question()])
+        assert client(server, cache_dir=tmp_path).ask([question()])[0].attempts == 1  # another decoding is another question
+    assert reply.answer.text == GOOD
+    assert {key: server.requests[0].get(key) for key in ("temperature", "max_tokens", "max_completion_tokens")} == {
+        "temperature": None, "max_tokens": None, "max_completion_tokens": 8}
 
 
 def test_the_key_comes_from_the_environment(monkeypatch):
@@ -230,6 +303,14 @@ def test_a_spoilt_cache_file_is_asked_again(tmp_path, caplog):
         assert client(server, cache_dir=tmp_path).ask([question()])[0].attempts == 1
         assert client(server, cache_dir=tmp_path).ask([question()])[0].attempts == 0
     assert "is no answer" in caplog.text
+
+
+def test_an_answer_in_another_format_is_asked_again(tmp_path):
+    with MisbehavingServer([GOOD]) as server:
+        client(server, cache_dir=tmp_path).ask([question()])
+        path, = tmp_path.rglob("*.json")
+        path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
+        assert client(server, cache_dir=tmp_path).ask([question()])[0].attempts == 1
 
 
 @pytest.mark.parametrize(("status", "match"), [(401, "api_key_env"), (403, "access"), (404, "models"), (405, "/v1"),

@@ -79,6 +79,15 @@ def test_triangle_soup_becomes_the_surface_it_describes():
     assert clean[:, 2].max() == pytest.approx(1)
 
 
+def test_a_face_without_area_holds_nothing_up():
+    """Its vertices are its own, far above: with them the hull would be a mast."""
+    vertices, faces = box(1, 1, 1)
+    mast = [[0, 0, 5], [0, 0, 6], [0, 0, 7]]
+    clean, corners = rigid_body(np.concatenate([vertices, mast]), np.concatenate([faces, [[8, 9, 10]]]), up="z", size=None)
+    assert (len(clean), len(corners)) == (8, 12)
+    assert clean[:, 2].max() == pytest.approx(1)
+
+
 def test_small_parts_survive_in_any_unit():
     for unit in (1e-6, 1.0, 1e6):
         vertices, faces = l_shape(1.4)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from visalign.rewards.framewise import FrameWise
 from visalign.rewards.ocr import WrittenText, edit_distance, fold, target_text, text_accuracy
 from visalign.types import Media, Prompt
 
@@ -84,3 +85,7 @@ def test_rapidocr_reads_rendered_text_offline():
     torch.testing.assert_close(scores.details["length_ratio"], torch.tensor([1.0, 1.0, 0.9, 0.0]))
     with pytest.raises(ValueError, match="reward 'ocr', prompt 1: 'a sign' names no text"):
         reward.check_prompts([prompts[0], Prompt("a sign")])
+    video = Media("video", torch.stack([written("Hello World").data, written("Hello Word").data, written().data]), rate=8.0)
+    worst, mean = (FrameWise(reward, num_frames=3, reduce=how).score([video], prompts[:1], [0]) for how in ("min", "mean"))
+    assert worst.raw.tolist() == [0.0]
+    torch.testing.assert_close(mean.raw, torch.tensor([1.9 / 3]))

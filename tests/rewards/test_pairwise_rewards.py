@@ -145,6 +145,13 @@ def test_bradley_terry_closed_form_antisymmetry_and_direction():
     close(smaller.compare(first, second, prompts).prob_first, [1 / (1 + torch.e), 0.5])
 
 
+def test_a_preference_is_better_when_larger_whatever_it_was_made_of():
+    lifted = BradleyTerry(levels_reward(direction=-1))
+    assert (lifted.spec.direction, lifted.spec.arity, lifted.spec.raw_range) == (1, "pairwise", (0.0, 1.0))
+    assert WinRate(lifted).spec.direction == 1
+    assert not lifted.spec.differentiable
+
+
 def test_bradley_terry_passes_invalidity_on():
     answer = BradleyTerry(levels_reward()).compare([image(99), image(1)], [image(1), image(2)], [Prompt("a")] * 2)
     assert answer.valid.tolist() == [False, True]
@@ -177,6 +184,8 @@ def test_configured_by_name_and_dispatched():
 def test_wrong_kinds_are_explained():
     with pytest.raises(ValueError, match="JpegCompressibility compares nothing; lift a pointwise reward"):
         WinRate(JpegCompressibility())
+    with pytest.raises(ValueError, match=r"judge 'pairwise_judge' is only a name; write judge: {reward: pairwise_judge, \.\.\.}"):
+        WinRate("pairwise_judge")
     with pytest.raises(ValueError, match="WinRate gives no score per sample"):
         BradleyTerry(WinRate(Judge(prefers_larger)))
     with pytest.raises(ValueError, match="scale -1 must be above 0"):

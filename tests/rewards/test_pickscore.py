@@ -101,11 +101,22 @@ def test_rows_are_scored_alone_and_a_group_shares_one_text_pass(folder):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
 
 
+def test_long_prompts_are_cut_where_the_model_ends(reward):
+    long = "red " * 14
+    first, second = (reward.score(media(images(1)), [Prompt(text)], [0]).raw for text in (long, long + "two blue squares"))
+    assert torch.equal(first, second)
+
+
+def test_it_is_frozen_and_in_evaluation_mode(reward):
+    assert not reward.encoder.model.training
+    assert not any(parameter.requires_grad for parameter in reward.encoder.model.parameters())
+
+
 def test_an_incomplete_checkpoint_is_refused(folder, tmp_path):
     model = CLIPModel.from_pretrained(folder)
     state = {key: value for key, value in model.state_dict().items() if key != "visual_projection.weight"}
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lacks 1 tensors of a CLIP model \(visual_projection\.weight"):
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of a CLIPModel \(the first is visual_projection\.weight"):
         PickScore(str(tmp_path), processor=str(folder))
 
 

@@ -16,7 +16,7 @@ from visalign.config import GuardConfig, RewardConfig, load_config
 from visalign.data import load_prompts
 from visalign.media import INDEX, KIND, Sample, load_media, read_index
 from visalign.reward_entries import load, parse_reward, unique_names
-from visalign.scoring import score
+from visalign.scoring import admit, score
 from visalign.types import Prompt, Scores
 
 
@@ -35,6 +35,7 @@ def run(folder: Path, rewards: list[str], *, config: str | None, source: str | N
         refuse_other_scores(path, named)
     path.parent.mkdir(parents=True, exist_ok=True)
     loaded_rewards = {name: load(entry) for name, entry in named.items()}
+    admit(loaded_rewards, [sample.prompt for sample in samples])
     media = [load_media(sample.file) for sample in samples]
     # Samples of one prompt are a group: rewards that compare need to know.
     groups: dict[str, int] = {}
