@@ -54,7 +54,7 @@ def go(run_dir: Path, urls: Sequence[str], answers: Path | None, settings: Confi
     policy = GaussianPolicy(world, flow_schedule(dance_sigmas(5, 3.0)), media="image")
     server = {"base_urls": list(urls), "model": "judge", "cache_dir": answers, "pause": 0.001, "retries": 3, "timeout": 1.0,
               "concurrency": 4, **backend}
-    judge = WinRate(PairwiseJudge(server), swap=swap, name="judge")
+    judge = WinRate(PairwiseJudge(server, rechecks=0), swap=swap, name="judge")
     algorithm = Watching(clip=settings.algorithm.clip, iterations=settings.train.iterations)
     return gaussian_run.go(run_dir, settings, resume=resume, policy=policy, train_policy=policy, eval_policy=policy, algorithm=algorithm,
                            terms=[RewardTerm("judge", judge)], guards={"brightness": FunctionReward(brightness)})

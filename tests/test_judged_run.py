@@ -198,6 +198,7 @@ rewards:
     params:
       judge:
         reward: pairwise_judge
+        rechecks: 0
         backend: {{base_urls: ["{url}"], model: judge, cache_dir: "{answers}", pause: 0.001, timeout: 2, concurrency: 1}}
 guards: [{{name: jpeg_incompressibility}}]
 model: {{call: {{num_inference_steps: 4}}}}

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from visalign.rewards.judges.parsers import is_refusal
-from visalign.rewards.judges.question import Answer, Backend, Question, Reply, Verdict
+from visalign.rewards.judges.question import Answer, Backend, Forgets, Question, Reply, Verdict
 from visalign.rewards.servers.calls import account
 from visalign.types import Scores
 
@@ -24,13 +24,18 @@ class Inquiry:
     """Questions to one back end with one reading of its answers; ``telemetry`` tells of the latest call.
 
     An answer that cannot be read is put to the judge once more with a reminder of the form; what is still unreadable is "parse".
+
+    Args:
+        repairs: how often that is done.
+        rechecks: how many questions of a call are asked once more, past any cache, to see whether the judge repeats itself:
+            ``self_agreement`` is 1 minus the mean change of those verdicts. Only questions that were really asked are; 0 for none.
     """
 
-    def __init__(self, backend: Backend, repairs: int = 1) -> None:
-        if repairs < 0:
-            raise ValueError(f"repairs {repairs} must be at least 0")
+    def __init__(self, backend: Backend, repairs: int = 1, rechecks: int = 0) -> None:
+        if repairs < 0 or rechecks < 0:
+            raise ValueError(f"repairs {repairs} and rechecks {rechecks} must be at least 0")
         self.backend = backend
-        self.repairs = repairs
+        self.repairs, self.rechecks = repairs, rechecks
         self.telemetry: dict[str, float] = {}
 
     def ask(self, questions: Sequence[Question], read: Read | Sequence[Read], reminder: str = "") -> list[Reading]:
@@ -59,10 +64,23 @@ class Inquiry:
         if answered and all(reading == "no logprobs" for reading in answered):
             raise ValueError(f"model '{self.backend.model}' was asked for the log-probabilities of its answers and gave none; serve it "
                              "with them (vLLM does) or use a template that reads text")
-        self.telemetry = _account(readings, replies)
+        self.telemetry = {**_account(readings, replies), **self._recheck(distinct, replies, readings, readers)}
         self._warn(readings, replies)
         row_of = {question: row for row, question in enumerate(reader)}
         return [readings[row_of[question]] for question in questions]
+
+    def _recheck(self, questions: Sequence[Question], replies: Sequence[Reply], readings: Sequence[Reading],
+                 readers: Sequence[Read]) -> dict[str, float]:
+        """``self_agreement`` over the first questions that were asked in this call and have a verdict; empty where none was asked again."""
+        if not isinstance(self.backend, Forgets):
+            return {}
+        rows = [row for row, (reading, reply) in enumerate(zip(readings, replies, strict=True))
+                if isinstance(reading, Verdict) and reply.attempts][:self.rechecks]
+        again = self.backend.ask_afresh([questions[row] for row in rows]) if rows else []
+        later = [_reading(questions[row], reply, readers[row]) for row, reply in zip(rows, again, strict=True)]
+        changes = [abs(then.value - now.value) for row, now in zip(rows, later, strict=True)
+                   if isinstance(now, Verdict) and isinstance(then := readings[row], Verdict)]
+        return {"self_agreement": 1 - sum(changes) / len(changes), "rechecked": float(len(changes))} if changes else {}
 
     def _warn(self, readings: Sequence[Reading], replies: Sequence[Reply]) -> None:
         """Say how many questions have no verdict, with one example of each kind."""

@@ -41,6 +41,10 @@ class LocalModel:
         """One answer per question, none of which can fail but for want of memory."""
         return [self._reply(question) for question in questions]
 
+    def ask_afresh(self, questions: Sequence[Question]) -> list[Reply]:
+        """The same: nothing is remembered."""
+        return self.ask(questions)
+
     @torch.no_grad()
     def _reply(self, question: Question) -> Reply:
         started = time.monotonic()

@@ -46,7 +46,7 @@ class PairwiseJudge:
 
     def __init__(self, backend: Backend | Mapping[str, Any], template: str = "unified_reward_pair", *, wording: str | None = None,
                  max_tokens: int | None = None, top_logprobs: int | None = None, both_orders: bool = False, num_frames: int = 8,
-                 max_side: int | None = None, repairs: int = 1, name: str = "pairwise_judge") -> None:
+                 max_side: int | None = None, repairs: int = 1, rechecks: int = 2, name: str = "pairwise_judge") -> None:
         """
         Args:
             backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``).
@@ -57,6 +57,7 @@ class PairwiseJudge:
             num_frames: shown of each video.
             max_side: pictures are reduced to it; ``None`` sends them as they are.
             repairs: how often an unreadable answer is asked about again.
+            rechecks: questions of a call that are asked twice, past any cache, to see whether the judge repeats itself.
         Raises:
             ValueError: a parameter is wrong.
         """
@@ -64,7 +65,7 @@ class PairwiseJudge:
         if both_orders and not self.template.top_logprobs:
             raise ValueError(f"both_orders averages log-odds, which template '{template}' does not read; use template verdict_token, or "
                              "leave the swap to win_rate")
-        self.inquiry = Inquiry(backend_from(backend), repairs)
+        self.inquiry = Inquiry(backend_from(backend), repairs, rechecks)
         self.both_orders = both_orders
         self.num_frames, self.max_side = num_frames, max_side
         self._inconsistency: dict[str, float] = {}

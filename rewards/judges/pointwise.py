@@ -30,7 +30,7 @@ class PointwiseJudge:
 
     def __init__(self, backend: Backend | Mapping[str, Any], template: str = "unified_reward_point", *, wording: str | None = None,
                  max_tokens: int | None = None, top_logprobs: int | None = None, num_frames: int = 8,
-                 max_side: int | None = None, repairs: int = 1, name: str = "pointwise_judge") -> None:
+                 max_side: int | None = None, repairs: int = 1, rechecks: int = 2, name: str = "pointwise_judge") -> None:
         """
         Args:
             backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``).
@@ -40,11 +40,12 @@ class PointwiseJudge:
             num_frames: shown of a video.
             max_side: pictures are reduced to it; ``None`` sends them as they are.
             repairs: how often an unreadable answer is asked about again.
+            rechecks: questions of a call that are asked twice, past any cache, to see whether the judge repeats itself.
         Raises:
             ValueError: a parameter is wrong.
         """
         self.template = named(template, "one", wording, max_tokens, top_logprobs)
-        self.inquiry = Inquiry(backend_from(backend), repairs)
+        self.inquiry = Inquiry(backend_from(backend), repairs, rechecks)
         self.num_frames, self.max_side = num_frames, max_side
         self.spec = replace(
             self.spec, name=name, modality=frozenset({self.template.modality}), version=self.template.version,

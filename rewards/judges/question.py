@@ -78,3 +78,11 @@ class Backend(Protocol):
         """One reply per question, in order.
 
         Raises ValueError where the set-up is wrong, so that no question could be answered."""
+
+
+@runtime_checkable
+class Forgets(Protocol):
+    """A back end that can be asked as if it had never been asked before."""
+
+    def ask_afresh(self, questions: Sequence[Question]) -> list[Reply]:
+        """As ``ask``, but no answer comes from memory and none is kept."""

@@ -54,7 +54,7 @@ class RubricJudge:
 
     def __init__(self, backend: Backend | Mapping[str, Any], rubric: Sequence[Mapping[str, Any]] | None = None, *,
                  modality: MediaKind = "image", gate: Literal["step", "soft"] = "step", threshold: float = 0.5, top_logprobs: int = 20,
-                 num_frames: int = 8, max_side: int | None = None, name: str = "rubric_judge") -> None:
+                 num_frames: int = 8, max_side: int | None = None, rechecks: int = 2, name: str = "rubric_judge") -> None:
         """
         Args:
             backend: {base_urls: ..., model: ...} (see ``judges.server:ChatServer``) or {folder: ...} (``judges.local:LocalModel``);
@@ -64,6 +64,7 @@ class RubricJudge:
             top_logprobs: alternatives asked for; hosted servers allow 20 at most, some 5.
             num_frames: shown of a video.
             max_side: pictures are reduced to it.
+            rechecks: questions of a call that are asked twice, past any cache, to see whether the judge repeats itself.
         Raises:
             ValueError: a parameter or the rubric is wrong.
         """
@@ -72,7 +73,7 @@ class RubricJudge:
         if modality not in ("image", "video"):
             raise ValueError(f"modality {modality!r} must be 'image' or 'video'")
         self.rubric = None if rubric is None else criteria(rubric, f"reward '{name}'")
-        self.inquiry = Inquiry(backend_from(backend), repairs=0)
+        self.inquiry = Inquiry(backend_from(backend), repairs=0, rechecks=rechecks)
         self.gate, self.threshold, self.top_logprobs = gate, threshold, top_logprobs
         self.num_frames, self.max_side = num_frames, max_side
         self.spec = replace(self.spec, name=name, modality=frozenset({modality}), version=f"1-{gate}-{threshold:g}",

@@ -77,22 +77,28 @@ class ChatServer:
         self._check_turned_down(replies)
         return replies
 
+    def ask_afresh(self, questions: Sequence[Question]) -> list[Reply]:
+        """As ``ask``, past the cache: what the judge says when asked the same again."""
+        return self.calls.each(questions, self._called)
+
     def _request(self, question: Question) -> dict[str, Any]:
         request = {"model": self.model, "messages": question.messages(), self.max_tokens_field: question.max_tokens, **self.extra}
         request |= {} if self.temperature is None else {"temperature": self.temperature}
         return request | ({"logprobs": True, "top_logprobs": question.top_logprobs} if question.top_logprobs else {})
 
     def _reply(self, question: Question, batch: Batch) -> Reply:
-        request = self._request(question)
-        key = key_of(request)
+        key = key_of(self._request(question))
         known = self.cache.get(key) if self.cache else None
         if known is not None:
             return Reply(answer=known)
-        reply = self.calls.call("/chat/completions", json.dumps(request).encode("utf-8"), self._outcome, batch)
-        if reply.answer is not None:
-            self._has_answered = True
-            if self.cache:
-                self.cache.put(key, reply.answer)
+        reply = self._called(question, batch)
+        if reply.answer is not None and self.cache:
+            self.cache.put(key, reply.answer)
+        return reply
+
+    def _called(self, question: Question, batch: Batch) -> Reply:
+        reply = self.calls.call("/chat/completions", json.dumps(self._request(question)).encode("utf-8"), self._outcome, batch)
+        self._has_answered = self._has_answered or reply.answer is not None
         return reply
 
     def _outcome(self, response: Response, url: str) -> Answer | str:

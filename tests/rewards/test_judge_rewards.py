@@ -121,7 +121,7 @@ def test_every_sample_is_encoded_once_however_many_pairs_it_is_in(monkeypatch):
     encoded = []
     monkeypatch.setattr("visalign.rewards.judges.pairwise.files", lambda sample, *_: encoded.append(sample) or files(sample, 8, None))
     with MisbehavingServer([brighter]) as server:
-        WinRate(PairwiseJudge(backend(server))).score([image(level) for level in range(6)], [PROMPT] * 6, [0] * 6)
+        WinRate(PairwiseJudge(backend(server), rechecks=0)).score([image(level) for level in range(6)], [PROMPT] * 6, [0] * 6)
     assert len(server.requests) == 30
     assert len(encoded) == 6
 
@@ -169,7 +169,7 @@ def test_an_unreadable_answer_is_asked_about_once():
         return brighter(request) if len(request["messages"]) == 3 else "Hmm."
 
     with MisbehavingServer([stubborn]) as server:
-        assert compare(PairwiseJudge(backend(server)), [(9, 3)]).prob_first.tolist() == [1]
+        assert compare(PairwiseJudge(backend(server), rechecks=0), [(9, 3)]).prob_first.tolist() == [1]
         first, second = server.requests
         assert [message["role"] for message in second["messages"]] == ["user", "assistant", "user"]
         assert second["messages"][:1] == first["messages"]
@@ -191,7 +191,7 @@ def test_a_judge_by_name_inside_a_win_rate():
 
 def test_equal_questions_are_asked_once():
     with MisbehavingServer([brighter]) as server:
-        compare(PairwiseJudge(backend(server)), [(9, 3), (9, 3), (9, 3)])
+        compare(PairwiseJudge(backend(server), rechecks=0), [(9, 3), (9, 3), (9, 3)])
     assert len(server.requests) == 1
 
 
@@ -208,19 +208,19 @@ def biased(bias):
 @pytest.mark.parametrize("bias", [0.0, 2.0, -3.0])
 def test_averaged_log_odds_cancel_a_position_bias(bias):
     with MisbehavingServer([biased(bias)]) as server:
-        judge = PairwiseJudge(backend(server), "verdict_token", both_orders=True)
+        judge = PairwiseJudge(backend(server), "verdict_token", both_orders=True, rechecks=0)
         answer = compare(judge, [(9, 3), (3, 9), (5, 5)])
         truth = torch.sigmoid(torch.tensor([1.5, -1.5, 0.0]))
         torch.testing.assert_close(answer.prob_first, truth, atol=1e-6, rtol=0)
         assert len(server.requests) == 3
         assert (judge.telemetry()["swap_inconsistency"] > 0.1) == (bias != 0)
-        one_order = compare(PairwiseJudge(backend(server), "verdict_token"), [(9, 3)])
+        one_order = compare(PairwiseJudge(backend(server), "verdict_token", rechecks=0), [(9, 3)])
         torch.testing.assert_close(one_order.prob_first, torch.sigmoid(torch.tensor([1.5 + bias])), atol=1e-6, rtol=0)
 
 
 def test_both_orders_are_asked_once_inside_a_win_rate():
     with MisbehavingServer([biased(1.0)]) as server:
-        judge = PairwiseJudge(backend(server), "verdict_token", both_orders=True)
+        judge = PairwiseJudge(backend(server), "verdict_token", both_orders=True, rechecks=0)
         scores = WinRate(judge).score([image(9), image(3)], [PROMPT] * 2, [0, 0])
     assert len(server.requests) == 2
     assert scores.raw[0].item() == pytest.approx(1 / (1 + math.exp(-1.5)), abs=1e-6)
@@ -268,7 +268,7 @@ def test_edits_show_their_source(tmp_path):
     Image.new("RGB", (4, 4), (8, 8, 8)).save(tmp_path / "style.png")
     prompt = Prompt("make it red", images=(str(source), str(tmp_path / "style.png")))
     with MisbehavingServer(["Edited image 2 is better"]) as server:
-        judge = PairwiseJudge(backend(server), "unified_reward_edit_pair")
+        judge = PairwiseJudge(backend(server), "unified_reward_edit_pair", rechecks=0)
         assert compare(judge, [(1, 2)], prompt).prob_first.tolist() == [0]
         assert levels(server.requests[0]) == [7, 1, 2]
         Image.new("RGB", (4, 4), (9, 9, 9)).save(source)  # another picture under the same path is another question
@@ -344,3 +344,37 @@ def test_bad_backends(given, match):
 def test_log_odds_need_log_probabilities():
     with pytest.raises(ValueError, match="use template verdict_token"):
         PairwiseJudge({"base_urls": "http://a/v1", "model": "m"}, both_orders=True)
+
+
+@pytest.mark.parametrize(("answers", "agreement"), [
+    (["Image 1 is better."], 1.0),
+    # Two pairs, asked one after the other, then both again: the first verdict is turned round, the second becomes a tie.
+    (["Image 1 is better.", "Image 2 is better.", "Image 2 is better.", "Both images are equally good."], 1 - (1 + 0.5) / 2),
+])
+def test_a_judge_is_asked_some_questions_twice_to_see_whether_it_repeats_itself(answers, agreement):
+    with MisbehavingServer(answers) as server:
+        judge = PairwiseJudge(backend(server, concurrency=1), rechecks=2)
+        first = compare(judge, [(9, 3), (3, 9)])
+        assert len(server.requests) == 4
+        assert server.requests[2:] == server.requests[:2]
+    assert first.valid.all()
+    assert judge.telemetry()["self_agreement"] == pytest.approx(agreement)
+    assert judge.telemetry()["calls"] == 2  # the cost of judging itself
+
+
+def test_rechecks_go_past_the_cache_and_never_ask_what_was_not_asked(tmp_path):
+    with MisbehavingServer(["Image 1 is better."]) as server:
+        judge = PairwiseJudge(backend(server, cache_dir=str(tmp_path)), rechecks=1)
+        compare(judge, [(9, 3)])
+        assert len(server.requests) == 2
+        assert len(list(tmp_path.rglob("*.json"))) == 1
+        compare(judge, [(9, 3)])  # after a restart: the answer is known, nothing is asked
+        assert len(server.requests) == 2
+    assert "self_agreement" not in judge.telemetry()
+
+
+def test_a_recheck_that_fails_changes_no_answer():
+    with MisbehavingServer(["Image 1 is better.", 500]) as server:
+        judge = PairwiseJudge(backend(server, retries=0))
+        assert compare(judge, [(9, 3)]).prob_first.tolist() == [1]
+    assert "self_agreement" not in judge.telemetry()
