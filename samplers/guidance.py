@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from visalign.maths.outputs import tilted
 from visalign.maths.process import from_velocity
 from visalign.protocols import DifferentiableReward, Policy, TrainingTimes
 from visalign.types import Media, NoiseLevel, Prediction, Prompt, Role
@@ -80,22 +81,6 @@ class Tilt:
             raise ValueError(f"guidance weights must be finite, got {wrong}")
         if not self.max_ratio > 0 or self.skip_first < 0:
             raise ValueError(f"guidance needs max_ratio > 0 and skip_first >= 0, got {self.max_ratio} and {self.skip_first}")
-
-
-def tilted(prediction: Prediction, x: Tensor, level: NoiseLevel, gradient: Tensor, max_ratio: float = math.inf) -> Prediction:
-    """The prediction of the tilted density: ``velocity - (alpha + sigma) min(sigma / alpha, max_ratio) gradient``.
-
-    Args:
-        prediction, x: at ``level``, (B, ...).
-        gradient: of the weighted reward with respect to x, (B, ...).
-    Raises:
-        ValueError: an unbounded factor in pure noise (alpha = 0).
-    """
-    ratio = min(level.sigma / level.alpha, max_ratio) if level.alpha > 0 else max_ratio
-    if math.isinf(ratio):
-        raise ValueError(f"the factor sigma / alpha of guidance is infinite at sigma {level.sigma:.4g}, alpha 0; give max_ratio, or skip "
-                         "the first step (skip_first=1)")
-    return from_velocity(prediction.velocity - (level.alpha + level.sigma) * ratio * gradient, x, level.alpha, level.sigma)
 
 
 @dataclass(frozen=True)
