@@ -17,7 +17,9 @@ COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 class HostEngine:
-    """Compiles each specialisation to a shared library with the C++ compiler; contraction off, as for the device."""
+    """Compiles each specialisation to a shared library with the C++ compiler; contraction off, as for the device.
+
+    Engines of one folder share their libraries."""
 
     def __init__(self, folder: Path, resident_blocks: int = 3) -> None:
         self.folder, self.resident_blocks = folder, resident_blocks
@@ -39,8 +41,9 @@ class HostEngine:
             includes = [f"-I{place}" for place in (FOLDER, HERE)]
             command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-shared", "-fPIC", *includes, *defines, str(main),
                        "-o", str(path)]
-            found = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert found.returncode == 0, f"{' '.join(command)}\n{found.stderr}"
+            if not path.exists():
+                found = subprocess.run(command, capture_output=True, text=True, check=False)
+                assert found.returncode == 0, f"{' '.join(command)}\n{found.stderr}"
             library = ctypes.CDLL(str(path))
             for kernel in kernels_of(source):
                 function = getattr(library, f"run_{kernel}")

@@ -11,6 +11,7 @@ from visalign.kernels import compile as compiling
 from visalign.kernels.compile import FOLDER, OPTIONS, KernelError, compiled, nvrtc_compile, supported_architectures
 from visalign.kernels.formula import StepFormula
 from visalign.kernels.guided_step import run as guided_step
+from visalign.kernels.transition_log_prob.fused import Inputs, Slopes, empty, run, run_backward
 
 NVCC = shutil.which("nvcc")
 
@@ -46,6 +47,12 @@ def typical():
         found = outputs(shape, COMBINATIONS[name], dtype=dtype, num_terms=num_terms)
         guided_step(engine, x, found.tensors, [term.gradient for term in found.terms], *drawn, dtype, True, True, False,
                     StepFormula.of(found, STEP))
+    for name, dtype, old in ((2, torch.bfloat16, None), ("rescale", torch.float16, x), (3, torch.float32, x)):
+        found = outputs(shape, COMBINATIONS[name], "v_prediction", dtype)
+        held, formula = () if old is None else found.tensors, StepFormula.of(found, STEP)
+        given = Inputs(x.to(dtype), x.to(dtype), found.tensors, held, old)
+        run(engine, given, formula)
+        run_backward(engine, given, formula, empty(given, formula), Slopes(*[torch.zeros(2)] * 3))
     return [(source, dict(macros)) for source, macros in engine.found]
 
 

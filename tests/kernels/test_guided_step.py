@@ -111,7 +111,7 @@ def select(found, rows):
 
 @pytest.mark.parametrize("noise_from", ["given", "philox"])
 @pytest.mark.parametrize("name", [2, "rescale"])
-def test_batch_split_and_grid_change_no_bit(engine, noise_from, name, tmp_path):
+def test_batch_split_and_grid_change_no_bit(engine, noise_from, name):
     shape = (5, 9001)
     found, x = outputs(shape, COMBINATIONS[name], dtype=torch.bfloat16, num_terms=1), normal(shape, 0)
     noise, seeds = (normal(shape, 9), None) if noise_from == "given" else (None, torch.tensor([3, 2**62, 5, 7, 11]))
@@ -121,7 +121,7 @@ def test_batch_split_and_grid_change_no_bit(engine, noise_from, name, tmp_path):
                      None if seeds is None else seeds[rows], torch.bfloat16)
 
     whole = at(engine, slice(0, 5))
-    parts = [at(HostEngine(tmp_path, resident_blocks=blocks), rows) for blocks, rows in ((1, slice(0, 2)), (7, slice(2, 3)),
+    parts = [at(HostEngine(engine.folder, resident_blocks=blocks), rows) for blocks, rows in ((1, slice(0, 2)), (7, slice(2, 3)),
                                                                                         (1000, slice(3, 5)))]
     for key, value in whole.items():
         assert torch.equal(value, torch.cat([part[key] for part in parts])), key

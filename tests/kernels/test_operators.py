@@ -6,6 +6,8 @@ import torch
 from tests.kernels.cases import COMBINATIONS, ODE_STEP, STEP, normal, outputs
 from visalign.kernels.formula import StepFormula
 from visalign.kernels.guided_step import guided_step
+from visalign.kernels.transition_log_prob import transition_log_prob
+from visalign.maths.outputs import Outputs
 
 SHAPE = (3, 4, 5)
 
@@ -56,3 +58,59 @@ def test_compile_keeps_guided_step_in_one_graph():
     assert torch.ops.visalign.guided_step in graphs[0] or torch.ops.visalign.guided_step.default in graphs[0]
     aot = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs)
     assert torch.equal(aot[0], compiled[0])
+
+
+def log_prob_arguments(name=2, dtype=torch.float32, with_held=True, with_old=True, grad=True):
+    found = outputs(SHAPE, COMBINATIONS[name], "v_prediction", dtype)
+    held = [tensor + 0.1 for tensor in found.tensors] if with_held else []
+    return (normal(SHAPE, 0), normal(SHAPE, 7), [tensor.requires_grad_(grad) for tensor in found.tensors], held,
+            normal(SHAPE, 8) if with_old else None, *StepFormula.of(found, STEP).flat())
+
+
+@pytest.mark.parametrize("arguments", [
+    log_prob_arguments(), log_prob_arguments(1, with_held=False, with_old=False), log_prob_arguments("rescale", with_old=False),
+    log_prob_arguments(3, torch.bfloat16, with_held=False)])
+def test_transition_log_prob_passes_opcheck(arguments):
+    torch.library.opcheck(torch.ops.visalign.transition_log_prob.default, arguments)
+
+
+@pytest.mark.parametrize("name", [2, "rescale"])
+def test_transition_log_prob_backward_passes_opcheck(name):
+    x, x_next, tensors, held, velocity, *flat = log_prob_arguments(name, grad=False)
+    *_, moments, factor, held_factor = torch.ops.visalign.transition_log_prob(x, x_next, tensors, held, velocity, *flat)
+    slopes = [normal((3,), 20 + k) for k in range(3)]
+    torch.library.opcheck(torch.ops.visalign.transition_log_prob_backward.default,
+                          (*slopes, moments, factor, held_factor, x, x_next, tensors, held, velocity, *flat))
+
+
+@pytest.mark.parametrize("name", [2, "rescale", "rescale, idle row"])
+def test_the_operators_gradient_is_that_of_the_reference(name):
+    """The registered backward against autograd through the formula, float32."""
+    x, x_next, tensors, held, velocity, *flat = log_prob_arguments(name)
+    made = torch.ops.visalign.transition_log_prob(x, x_next, tensors, held, velocity, *flat)
+    found = outputs(SHAPE, COMBINATIONS[name], "v_prediction")
+    leaves = Outputs(tuple(tensor.detach().requires_grad_() for tensor in tensors), found.alpha, found.sigma, found.readout)
+    terms = transition_log_prob(leaves, x, x_next, STEP, reference_outputs=Outputs(tuple(held), found.alpha, found.sigma, found.readout),
+                                velocity_old=velocity, backend="torch")
+    weights = [normal((3,), 20 + k) for k in range(3)]
+    operator = sum((weight * part).sum() for weight, part in zip(weights, made[:3], strict=True))
+    plain = sum((weight * part).sum() for weight, part in zip(weights, (terms.log_prob, terms.kl_reference, terms.kl_old), strict=True))
+    assert torch.equal(operator.detach(), plain.detach())
+    got = torch.autograd.grad(operator, list(tensors), allow_unused=True)
+    for grad, wanted in zip(got, torch.autograd.grad(plain, leaves.tensors, allow_unused=True), strict=True):
+        torch.testing.assert_close(grad, torch.zeros_like(grad) if wanted is None else wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_keeps_transition_log_prob_and_its_gradient():
+    x, x_next, tensors, held, velocity, *flat = log_prob_arguments()
+
+    def loss(first, second):
+        made = torch.ops.visalign.transition_log_prob(x, x_next, [first * 2, second], held, velocity, *flat)
+        return (made[0] + made[1] + made[2]).sum()
+
+    def gradient(function):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        return torch.autograd.grad(function(*leaves), leaves)
+
+    for one, other in zip(gradient(torch.compile(loss, fullgraph=True, backend="aot_eager")), gradient(loss), strict=True):
+        assert torch.equal(one, other)
