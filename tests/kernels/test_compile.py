@@ -11,7 +11,9 @@ from visalign.kernels import compile as compiling
 from visalign.kernels.compile import FOLDER, OPTIONS, KernelError, compiled, nvrtc_compile, supported_architectures
 from visalign.kernels.formula import StepFormula
 from visalign.kernels.guided_step import run as guided_step
-from visalign.kernels.transition_log_prob.fused import Inputs, Slopes, empty, run, run_backward
+from visalign.kernels.paired_error import fused as pairs
+from visalign.kernels.paired_error.formula import PairFormula
+from visalign.kernels.transition_log_prob import fused as steps
 
 NVCC = shutil.which("nvcc")
 
@@ -50,9 +52,15 @@ def typical():
     for name, dtype, old in ((2, torch.bfloat16, None), ("rescale", torch.float16, x), (3, torch.float32, x)):
         found = outputs(shape, COMBINATIONS[name], "v_prediction", dtype)
         held, formula = () if old is None else found.tensors, StepFormula.of(found, STEP)
-        given = Inputs(x.to(dtype), x.to(dtype), found.tensors, held, old)
-        run(engine, given, formula)
-        run_backward(engine, given, formula, empty(given, formula), Slopes(*[torch.zeros(2)] * 3))
+        given = steps.Inputs(x.to(dtype), x.to(dtype), found.tensors, held, old)
+        steps.run(engine, given, formula)
+        steps.run_backward(engine, given, formula, steps.empty(given, formula), steps.Slopes(*[torch.zeros(2)] * 3))
+    for name, dtype, mask in ((1, torch.bfloat16, None), (3, torch.float32, x > 0)):
+        found = outputs(shape, COMBINATIONS[name], "epsilon", dtype)
+        pair = pairs.Inputs(x, noise, found.tensors, found.tensors, mask)
+        scalars = PairFormula(torch.full((2,), 0.6), torch.full((2,), 0.8), found.readout, "flow", 0.5)
+        pairs.run(engine, pair, scalars, norms=True)
+        pairs.run_backward(engine, pair, scalars, torch.ones(2), (torch.zeros(2), torch.zeros(2)))
     return [(source, dict(macros)) for source, macros in engine.found]
 
 

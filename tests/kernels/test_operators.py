@@ -6,6 +6,8 @@ import torch
 from tests.kernels.cases import COMBINATIONS, ODE_STEP, STEP, normal, outputs
 from visalign.kernels.formula import StepFormula
 from visalign.kernels.guided_step import guided_step
+from visalign.kernels.paired_error import paired_error
+from visalign.kernels.paired_error.formula import PairFormula
 from visalign.kernels.transition_log_prob import transition_log_prob
 from visalign.maths.outputs import Outputs
 
@@ -114,3 +116,56 @@ def test_compile_keeps_transition_log_prob_and_its_gradient():
 
     for one, other in zip(gradient(torch.compile(loss, fullgraph=True, backend="aot_eager")), gradient(loss), strict=True):
         assert torch.equal(one, other)
+
+
+def pair_arguments(name=1, kind="epsilon", space="flow", with_held=True, masked=False, norms=True, grad=True):
+    found = outputs(SHAPE, COMBINATIONS[name], kind)
+    alpha, sigma = torch.tensor([0.3, 0.5, 0.9]), torch.tensor([0.8, 0.5, 0.1])
+    x0, noise = normal(SHAPE, 5), normal(SHAPE, 6)
+    x = alpha.reshape(3, 1, 1) * x0 + sigma.reshape(3, 1, 1) * noise
+    held = [tensor + 0.1 for tensor in found.tensors] if with_held else []
+    return (x, x0, noise, [tensor.requires_grad_(grad) for tensor in found.tensors], held, x > 0 if masked else None, norms,
+            *PairFormula(alpha, sigma, found.readout, space, 0.5).flat())
+
+
+@pytest.mark.parametrize("arguments", [pair_arguments(), pair_arguments(2, "flow", "epsilon", with_held=False, norms=False),
+                                       pair_arguments(3, masked=True)])
+def test_paired_error_passes_opcheck(arguments):
+    torch.library.opcheck(torch.ops.visalign.paired_error.default, arguments)
+
+
+def test_paired_error_backward_passes_opcheck():
+    _, x0, noise, tensors, held, mask, _, *flat = pair_arguments(2, masked=True, grad=False)
+    slopes, count = (normal((3,), 20), normal((3,), 21)), mask.flatten(1).sum(1).float()
+    torch.library.opcheck(torch.ops.visalign.paired_error_backward.default, (*slopes, count, x0, noise, tensors, held, mask, *flat))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_gradient_of_paired_error_is_that_of_the_reference(masked):
+    x, x0, noise, tensors, held, mask, norms, *flat = pair_arguments(3, masked=masked)
+    made = torch.ops.visalign.paired_error(x, x0, noise, tensors, held, mask, norms, *flat)
+    formula = PairFormula.from_flat(*flat)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    terms = paired_error(formula.outputs(leaves), x, x0, noise, space=formula.space, reference_outputs=formula.outputs(held), mask=mask,
+                         gap=True, norms=True)
+    assert [torch.equal(a, b) for a, b in zip(made, (terms.policy, terms.reference, terms.gap, terms.norm_policy, terms.norm_reference),
+                                              strict=False)] == [True] * 5
+    weights = normal((3,), 20), normal((3,), 21)
+    operator = (weights[0] * made[0] + weights[1] * made[2]).sum()
+    plain = (weights[0] * terms.policy + weights[1] * terms.gap).sum()
+    for grad, wanted in zip(torch.autograd.grad(operator, tensors), torch.autograd.grad(plain, leaves), strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_compile_keeps_paired_error_and_its_gradient():
+    x, x0, noise, tensors, held, mask, norms, *flat = pair_arguments()
+
+    def loss(output):
+        made = torch.ops.visalign.paired_error(x, x0, noise, [output * 2], held, mask, norms, *flat)
+        return (made[0] + made[2]).sum()
+
+    def gradient(function):
+        leaf = tensors[0].detach().clone().requires_grad_()
+        return torch.autograd.grad(function(leaf), leaf)[0]
+
+    assert torch.equal(gradient(torch.compile(loss, fullgraph=True, backend="aot_eager")), gradient(loss))
