@@ -19,7 +19,7 @@ def fresh_log(caplog):
 def test_auto_takes_torch_on_a_cpu_and_says_so_once(caplog):
     for _ in range(3):
         assert resolve("auto", "guided_step", [torch.zeros(2)]) == "torch"
-    assert caplog.messages == ["guided_step runs on backend torch: the tensors are on cpu"]
+    assert caplog.messages == ["guided_step runs on backend torch: tensors are on cpu"]
 
 
 def test_another_reason_is_said_again(caplog):
@@ -32,7 +32,7 @@ def test_another_reason_is_said_again(caplog):
 
 
 def test_cuda_that_is_not_possible_is_an_error_with_the_reason():
-    with pytest.raises(ValueError, match=r"paired_error: kernels='cuda' is not possible here, the tensors are on cpu; use kernels='auto'"):
+    with pytest.raises(ValueError, match=r"paired_error: kernels='cuda' is not possible here, tensors are on cpu; use kernels='auto'"):
         resolve("cuda", "paired_error", [torch.zeros(2)])
     with pytest.raises(ValueError, match="not possible here, because"):
         resolve("cuda", "paired_error", [torch.zeros(2)], obstacle="because")

@@ -197,5 +197,5 @@ def test_wrong_calls_are_refused():
         guided_step(found, x, ODE_STEP, log_prob=True)
     with pytest.raises(ValueError, match=r"unknown kernel backend 'gpu'; use auto, cuda, torch"):
         guided_step(found, x, ODE_STEP, backend="gpu")
-    with pytest.raises(ValueError, match="kernels='cuda' is not possible here, the tensors are on cpu"):
+    with pytest.raises(ValueError, match="kernels='cuda' is not possible here, tensors are on cpu"):
         guided_step(found, x, ODE_STEP, backend="cuda")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from visalign.maths.combination import Combination
-from visalign.maths.outputs import GradientTerm, Outputs, Readout, joined, tilted
+from visalign.maths.outputs import GradientTerm, Outputs, Readout, tilted
 from visalign.maths.process import to_prediction
 from visalign.types import NoiseLevel, Prediction
 
@@ -51,14 +51,6 @@ def test_end_points_are_outputs_too_and_gradients_tilt_them():
     once = tilted(Prediction(x0, x1), x, LEVEL, first, 0.5)
     assert torch.equal(both.x0, tilted(once, x, LEVEL, second, math.inf).x0)
     torch.testing.assert_close(both.velocity, x1 - x0 - 1.4 * 0.5 * first - 1.4 * (0.8 / 0.6) * second, rtol=1e-5, atol=1e-5)
-
-
-def test_parts_join_in_the_order_of_the_samples():
-    parts = [Outputs((torch.full((2, 1, 1), 1.0),), 0.5, 0.5, Readout(Combination((2.0,)), "flow")),
-             Outputs((torch.full((1, 1, 1), 3.0),), 0.5, 0.5, Readout(Combination((2.0,)), "flow"))]
-    whole = joined(parts, torch.tensor([0, 2, 1]))
-    assert whole.tensors[0].flatten().tolist() == [1.0, 3.0, 1.0]
-    assert whole.readout == parts[0].readout
 
 
 def test_the_number_of_tensors_is_checked():

@@ -44,10 +44,21 @@ def resolve(backend: Backend, operator: str, tensors: Sequence[Tensor], obstacle
     return "torch"
 
 
+def check_backend(backend: Backend, device: torch.device) -> None:
+    """Before anything is loaded: whether what was insisted on is there.
+
+    Raises:
+        ValueError: "cuda" on a device that has no kernels.
+    """
+    if backend == "cuda" and (why := unavailable(device)) is not None:
+        raise ValueError(f"kernels: cuda is not possible on {device}, {why}; use kernels=auto or kernels=torch")
+
+
 def unavailable(device: torch.device) -> str | None:
     """Why no kernel can run on this device, ``None`` if they can."""
-    return f"the tensors are on {device.type}" if device.type != "cuda" else _unavailable(torch.cuda.current_device()
-                                                                                         if device.index is None else device.index)
+    if device.type != "cuda":
+        return f"tensors are on {device.type}"
+    return _unavailable(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache

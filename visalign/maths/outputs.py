@@ -13,7 +13,6 @@ an error's residual) is one weighted sum of x, m_k and g_j. `visalign.kernels` c
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,13 +113,6 @@ def tilted(prediction: Prediction, x: Tensor, level: NoiseLevel, gradient: Tenso
         raise ValueError(f"the factor sigma / alpha of guidance is infinite at sigma {level.sigma:.4g}, alpha 0; give max_ratio, or skip "
                          "the first step (skip_first=1)")
     return from_velocity(prediction.velocity - (level.alpha + level.sigma) * ratio * gradient, x, level.alpha, level.sigma)
-
-
-def joined(parts: Sequence[Outputs], order: Tensor) -> Outputs:
-    """Outputs of several batches that are read alike as one, its rows in the given order (B,)."""
-    first = parts[0]
-    rows = zip(*(part.tensors for part in parts), strict=True)
-    return Outputs(tuple(torch.cat(tensors)[order] for tensors in rows), first.alpha, first.sigma, first.readout)
 
 
 def _wide(tensor: Tensor) -> Tensor:

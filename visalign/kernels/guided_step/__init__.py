@@ -106,14 +106,12 @@ torch.library.define("visalign::guided_step", "(Tensor x, Tensor[] outputs, Tens
                      f"ScalarType? storage_dtype, bool log_prob, bool velocity, bool mean, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
-@torch.library.impl("visalign::guided_step", "cuda")
 def _cuda(x: Tensor, outputs: list[Tensor], gradients: list[Tensor], noise: Tensor | None, seeds: Tensor | None,
           storage_dtype: torch.dtype | None, log_prob: bool, velocity: bool, mean: bool, *flat: Any) -> tuple[Tensor, ...]:
     return run(engine_of(x.device), x, outputs, gradients, noise, seeds, storage_dtype, log_prob, velocity, mean,
                StepFormula.from_flat(*flat))
 
 
-@torch.library.impl("visalign::guided_step", "cpu")
 def _cpu(x: Tensor, outputs: list[Tensor], gradients: list[Tensor], noise: Tensor | None, seeds: Tensor | None,
          storage_dtype: torch.dtype | None, log_prob: bool, velocity: bool, mean: bool, *flat: Any) -> tuple[Tensor, ...]:
     formula = StepFormula.from_flat(*flat)
@@ -128,3 +126,7 @@ def _cpu(x: Tensor, outputs: list[Tensor], gradients: list[Tensor], noise: Tenso
 def _fake(x: Tensor, outputs: list[Tensor], gradients: list[Tensor], noise: Tensor | None, seeds: Tensor | None,
           storage_dtype: torch.dtype | None, log_prob: bool, velocity: bool, mean: bool, *flat: Any) -> tuple[Tensor, ...]:
     return _empty(x, storage_dtype or torch.float32, log_prob, velocity, mean)
+
+
+torch.library.impl("visalign::guided_step", "cuda", _cuda)
+torch.library.impl("visalign::guided_step", "cpu", _cpu)

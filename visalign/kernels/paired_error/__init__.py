@@ -82,13 +82,11 @@ def _as_tuple(found: Found) -> tuple[Tensor, ...]:
     return tuple(getattr(found, field.name) for field in fields(found))
 
 
-@torch.library.impl("visalign::paired_error", "cuda")
 def _cuda(x: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor], held: list[Tensor], mask: Tensor | None, norms: bool,
           *flat: Any) -> tuple[Tensor, ...]:
     return _as_tuple(run(engine_of(x0.device), Inputs(x0, noise, outputs, held, mask), PairFormula.from_flat(*flat), norms))
 
 
-@torch.library.impl("visalign::paired_error", "cpu")
 def _cpu(x: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor], held: list[Tensor], mask: Tensor | None, norms: bool,
          *flat: Any) -> tuple[Tensor, ...]:
     formula = PairFormula.from_flat(*flat)
@@ -106,14 +104,12 @@ def _fake(x: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor], held: lis
     return _as_tuple(empty(Inputs(x0, noise, outputs, held, mask), norms))
 
 
-@torch.library.impl("visalign::paired_error_backward", "cuda")
 def _backward_cuda(grad_error: Tensor, grad_gap: Tensor, count: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor],
                    held: list[Tensor], mask: Tensor | None, *flat: Any) -> list[Tensor]:
     return run_backward(engine_of(x0.device), Inputs(x0, noise, outputs, held, mask), PairFormula.from_flat(*flat), count,
                         (grad_error, grad_gap))
 
 
-@torch.library.impl("visalign::paired_error_backward", "cpu")
 def _backward_cpu(grad_error: Tensor, grad_gap: Tensor, count: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor],
                   held: list[Tensor], mask: Tensor | None, *flat: Any) -> list[Tensor]:
     return backward(PairFormula.from_flat(*flat), x0, noise, outputs, held, mask, grad_error, grad_gap, count)
@@ -140,4 +136,8 @@ def _backward(ctx: Any, grad_error: Tensor, grad_error_reference: Tensor, grad_g
     return None, None, None, grads, [None] * num_held, None, None, None, None, *[None] * len(ctx.flat)
 
 
+torch.library.impl("visalign::paired_error", "cuda", _cuda)
+torch.library.impl("visalign::paired_error", "cpu", _cpu)
+torch.library.impl("visalign::paired_error_backward", "cuda", _backward_cuda)
+torch.library.impl("visalign::paired_error_backward", "cpu", _backward_cpu)
 torch.library.register_autograd("visalign::paired_error", _backward, setup_context=_setup)

@@ -70,12 +70,10 @@ def _as_tuple(found: Found) -> tuple[Tensor, ...]:
     return tuple(getattr(found, field.name) for field in fields(found))
 
 
-@torch.library.impl("visalign::transition_log_prob", "cuda")
 def _cuda(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return _as_tuple(run(engine_of(x.device), Inputs(x, *rest[:4]), StepFormula.from_flat(*rest[4:])))
 
 
-@torch.library.impl("visalign::transition_log_prob", "cpu")
 def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
     given, formula = Inputs(*arguments[:5]), StepFormula.from_flat(*arguments[5:])
     outputs, held = formula.outputs(given.outputs), formula.outputs(given.reference) if given.reference else None
@@ -94,7 +92,6 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     return _as_tuple(empty(Inputs(*arguments[:5]), StepFormula.from_flat(*arguments[5:])))
 
 
-@torch.library.impl("visalign::transition_log_prob_backward", "cuda")
 def _backward_cuda(*arguments: Any) -> list[Tensor]:
     slopes, rescaled, given = Slopes(*arguments[:3]), arguments[3:6], Inputs(*arguments[6:11])
     nothing = given.x.new_empty(0, dtype=torch.float32)
@@ -102,7 +99,6 @@ def _backward_cuda(*arguments: Any) -> list[Tensor]:
     return run_backward(engine_of(given.x.device), given, StepFormula.from_flat(*arguments[11:]), found, slopes)
 
 
-@torch.library.impl("visalign::transition_log_prob_backward", "cpu")
 def _backward_cpu(grad_log_prob: Tensor, grad_kl_reference: Tensor, grad_kl_old: Tensor, saved: Tensor, factor: Tensor,
                   held_factor: Tensor, x: Tensor, x_next: Tensor, outputs: list[Tensor], held: list[Tensor], velocity_old: Tensor | None,
                   *flat: Any) -> list[Tensor]:
@@ -131,4 +127,8 @@ def _backward(ctx: Any, grad_log_prob: Tensor, grad_kl_reference: Tensor, grad_k
     return None, None, grads, [None] * num_held, None, *([] if value == [] else None for value in ctx.flat)
 
 
+torch.library.impl("visalign::transition_log_prob", "cuda", _cuda)
+torch.library.impl("visalign::transition_log_prob", "cpu", _cpu)
+torch.library.impl("visalign::transition_log_prob_backward", "cuda", _backward_cuda)
+torch.library.impl("visalign::transition_log_prob_backward", "cpu", _backward_cpu)
 torch.library.register_autograd("visalign::transition_log_prob", _backward, setup_context=_setup)
