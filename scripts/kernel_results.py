@@ -114,9 +114,9 @@ def shares(rows: Sequence[Row]) -> str:
     latest = {row["op"]: row for row in rows}
     told = [f"- `{row['op']}`, {row['shape'][0]} samples: operator {100 * row['operator']:.2f} %, function of its results "
             f"{100 * row['loss']:.2f} % ({row['hardware']}, commit {row['commit']})" for row in latest.values()]
-    return "\n".join(["The surrogates of GRPO and the preference losses are functions of a few numbers per sample. Of the time of an update of the "
-                      "embedded pipeline, most of which is the network's, they take (`python -m scripts.kernel_shares`):", "", *told, "",
-                      "Not measured on a GPU, where such small operations cost their launches."])
+    text = ("The surrogates of GRPO and the preference losses are functions of a few numbers per sample. Of the time of an update of the "
+            "embedded pipeline, most of which is the network's, they take (`python -m scripts.kernel_shares`):")
+    return "\n".join([text, "", *told, "", "Not measured on a GPU, where such small operations cost their launches."])
 
 
 def roofline(rows: Sequence[Row]) -> str:

@@ -169,6 +169,18 @@ def test_an_empty_batch_is_empty(engine):
     assert got["log_prob"].shape == (0,)
 
 
+def test_tensors_of_another_shape_are_refused_before_an_address_is_read(engine):
+    shape = (3, 50)
+    found, x, noise = outputs(shape, COMBINATIONS[1], num_terms=1), normal(shape, 0), normal(shape, 9)
+    for changed in ({"noise": noise[:1]}, {"noise": None, "seeds": torch.zeros(2, dtype=torch.int64)}):
+        with pytest.raises(ValueError, match=r"noise is \(1, 50\) on cpu, the state \(3, 50\)|one seed per sample, \(3,\), got \(2,\)"):
+            fused(engine, found, x, STEP, **{"noise": noise, **changed})
+    with pytest.raises(ValueError, match=r"outputs is \(3, 49\) on cpu"):
+        fused(engine, outputs((3, 49), COMBINATIONS[1]), x, STEP, noise)
+    with pytest.raises(ValueError, match=r"gradients is \(3, 1\) on cpu"):
+        fused(engine, replace(found, terms=(GradientTerm(noise[:, :1]),)), x, STEP, noise)
+
+
 def test_the_torch_backend_is_the_old_chain_bit_for_bit():
     """Combination, prediction, mean, noise, rounding, density: the operations of a rollout before there were operators, in their order."""
     shape = (3, 16, 9, 7)

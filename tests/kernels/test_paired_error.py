@@ -162,6 +162,13 @@ def test_an_empty_batch_is_empty(engine):
     assert grads[0].shape == (0, 7)
 
 
+def test_tensors_of_another_shape_are_refused_before_an_address_is_read(engine):
+    found, held, _, x0, noise = noised((3, 50), COMBINATIONS[1])
+    for wrong in ((found, held, x0, noise[:, :1]), (found, held, x0[:2], noise[:2])):
+        with pytest.raises(ValueError, match="a fused operator takes tensors of one shape on one device"):
+            fused(engine, *wrong, "flow")
+
+
 @pytest.mark.parametrize("mask", [None, "full"])
 def test_the_written_out_gradient_is_that_of_autograd(mask):
     shape = (3, 4, 11)

@@ -222,6 +222,15 @@ def test_wrong_calls_are_refused():
         transition_log_prob(found, x, x, STEP, reference_outputs=other, backend="cuda")
 
 
+def test_tensors_of_another_shape_are_refused_before_an_address_is_read(engine):
+    shape = (3, 50)
+    found = outputs(shape, COMBINATIONS[1])
+    x, x_next, held, velocity = stored(shape, found)
+    for wrong in ((x, x_next[:2], held, velocity), (x, x_next, select(held, slice(0, 1)), velocity), (x, x_next, held, velocity[:, :1])):
+        with pytest.raises(ValueError, match="a fused operator takes tensors of one shape on one device"):
+            fused(engine, found, *wrong)
+
+
 def test_a_level_of_the_reference_may_not_determine_its_end_points():
     found = outputs((2, 5), COMBINATIONS[1], "epsilon")
     with pytest.raises(ValueError, match="does not determine both end points at alpha = 0"):

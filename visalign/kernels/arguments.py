@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -64,6 +64,19 @@ class Arguments:
     def packed(self) -> bytes:
         """As C lays them out: native alignment, and the end padded to that of eight bytes."""
         return struct.pack(f"@{''.join(self._codes)}0q", *self._values)
+
+
+def check_alike(like: Tensor, **tensors: Tensor | Sequence[Tensor] | None) -> None:
+    """Before a kernel reads by address: everything has the shape of ``like`` and lies beside it.
+
+    Raises:
+        ValueError: a tensor does not; the message names it.
+    """
+    for name, given in tensors.items():
+        for tensor in [] if given is None else [given] if isinstance(given, Tensor) else given:
+            if tensor.shape != like.shape or tensor.device != like.device:
+                raise ValueError(f"{name} is {tuple(tensor.shape)} on {tensor.device}, the state {tuple(like.shape)} on {like.device}; a "
+                                 "fused operator takes tensors of one shape on one device")
 
 
 def as_rows(tensor: Tensor) -> tuple[Tensor, int]:

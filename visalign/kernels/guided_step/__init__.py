@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.kernels.arguments import C_TYPES, Arguments, Engine, Macros, launch_rows, num_chunks, partials
+from visalign.kernels.arguments import C_TYPES, Arguments, Engine, Macros, check_alike, launch_rows, num_chunks, partials
 from visalign.kernels.backend import DTYPES, Backend, resolve
 from visalign.kernels.formula import SCHEMA, StepFormula, mean_and_velocity, obstacle
 from visalign.kernels.guidance_rescale import rescale
@@ -58,6 +58,9 @@ def run(engine: Engine, x: Tensor, tensors: Sequence[Tensor], gradients: Sequenc
         storage_dtype: torch.dtype | None, log_prob: bool, velocity: bool, mean: bool,
         formula: StepFormula) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """By the kernel: ``x_next``, ``log_prob``, ``velocity``, ``mean``; empty where not wanted."""
+    check_alike(x, outputs=tensors, gradients=gradients, noise=noise)
+    if seeds is not None and seeds.shape != x.shape[:1]:
+        raise ValueError(f"guided_step takes one seed per sample, ({x.shape[0]},), got {tuple(seeds.shape)}")
     made = x_next, log_probs, velocities, means = _empty(x, storage_dtype or torch.float32, log_prob, velocity, mean)
     rows, dims = x.shape[0], math.prod(x.shape[1:])
     if x.numel() == 0:
@@ -74,10 +77,11 @@ def run(engine: Engine, x: Tensor, tensors: Sequence[Tensor], gradients: Sequenc
         "RESCALE": int(rescaled is not None), "WRITES_MEAN": int(mean), "WRITES_VELOCITY": int(velocity), "LOG_PROB": int(log_prob),
     }
     given = None if noise is None else noise.float()
+    keys = None if seeds is None else seeds.to(x.device, torch.int64).contiguous()
     sums = partials(x, 1) if log_prob else None
     constant = -dims * (math.log(std) + 0.5 * math.log(2 * math.pi)) if log_prob else 0.0
     arguments = (Arguments().rows(x).rows(*(tensors[k] for k in used)).rows(*(gradients or (None,))).rows(given)
-                 .pointers(seeds, None if rescaled is None else rescaled.factor, x_next, means, velocities, sums, log_probs)
+                 .pointers(keys, None if rescaled is None else rescaled.factor, x_next, means, velocities, sums, log_probs)
                  .integers(rows, dims, num_chunks(dims)).doubles(-0.5 / std**2 if log_prob else 0.0, constant)
                  .floats(of_mean.x, *of_mean.outputs, *(of_mean.terms or [0.0]))
                  .floats(of_velocity.x, *of_velocity.outputs, *(of_velocity.terms or [0.0])).floats(std))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visalign.kernels.arguments import C_TYPES, Arguments, Engine, Macros, launch_rows, num_chunks, partials
+from visalign.kernels.arguments import C_TYPES, Arguments, Engine, Macros, check_alike, launch_rows, num_chunks, partials
 from visalign.kernels.paired_error.formula import PairCoefficients, PairFormula, coefficients
 
 SOURCE = "paired_error"
@@ -40,6 +40,8 @@ class Found:
 
 def run(engine: Engine, given: Inputs, formula: PairFormula, norms: bool) -> Found:
     """The forward pass."""
+    mask = None if given.mask is None else given.mask.expand(given.x0.shape)
+    check_alike(given.x0, noise=given.noise, outputs=given.outputs, reference=given.reference, mask=mask)
     found = empty(given, norms)
     if given.x0.numel() == 0:
         return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visalign.kernels.arguments import C_TYPES, Arguments, Engine, Macros, launch_rows, num_chunks, partials
+from visalign.kernels.arguments import C_TYPES, Arguments, Engine, Macros, check_alike, launch_rows, num_chunks, partials
 from visalign.kernels.formula import StepFormula, mean_and_velocity
 from visalign.kernels.guidance_rescale import rescale
 from visalign.maths.gaussian import state_coefficients
@@ -53,6 +53,7 @@ class Slopes:
 
 def run(engine: Engine, given: Inputs, formula: StepFormula) -> Found:
     """The forward pass."""
+    check_alike(given.x, x_next=given.x_next, outputs=given.outputs, reference=given.reference, velocity_old=given.velocity_old)
     found = empty(given, formula)
     if given.x.numel() == 0:
         return found
