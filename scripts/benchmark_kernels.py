@@ -155,7 +155,7 @@ def device_times(run: Run, inputs: list[dict[str, Tensor]], repeats: int) -> lis
     found = []
     for repeat in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(2_000_000)
+        torch.cuda._sleep(10_000_000)
         start.record()
         run(inputs[repeat % len(inputs)])
         end.record()

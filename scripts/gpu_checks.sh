@@ -35,7 +35,7 @@ fi
 
 echo "== benchmarks"
 "$python" -m scripts.benchmark_kernels "${quick[@]}"
-if "$python" -c 'import diffusers, peft' 2>/dev/null; then
+if "$python" -c 'import diffusers, peft, transformers' 2>/dev/null; then
     "$python" -m scripts.benchmark_iteration
 else
     echo "diffusers is not installed: no end-to-end row"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,6 +98,11 @@ def launch_rows(engine: Engine, source: str, kernel: str, macros: Macros, argume
     engine.launch(source, kernel, macros, packed, min(rows * num_chunks(dims), engine.resident_blocks), THREADS)
     if finish:
         engine.launch(source, f"{kernel}_finish", macros, packed, min(rows, 8 * engine.resident_blocks), WARP)
+
+
+def as_tuple(found: Any) -> tuple[Tensor, ...]:
+    """The tensors of a dataclass in the order of its fields, as an operator returns them."""
+    return tuple(getattr(found, field.name) for field in fields(found))
 
 
 def num_chunks(dims: int) -> int:

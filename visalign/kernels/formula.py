@@ -104,6 +104,17 @@ def obstacle(outputs: Outputs) -> str | None:
     return None
 
 
+def training_obstacle(outputs: Outputs, reference: Outputs | None) -> str | None:
+    """The same for outputs that are trained, and those of a reference at the same state."""
+    if outputs.terms:
+        return "guided outputs are not trained on"
+    if reference is not None and reference.readout != outputs.readout:
+        return "the reference's outputs are read in another way"
+    if reference is not None and reference.tensors[0].dtype != outputs.tensors[0].dtype:
+        return "policy and reference have several dtypes"
+    return obstacle(outputs)
+
+
 @lru_cache(maxsize=4096)
 def mean_and_velocity(formula: StepFormula) -> tuple[Coefficients, Coefficients]:
     """Of the transition's mean and of ``velocity = x1 - x0``, for the outputs that are ``used``."""

@@ -39,6 +39,14 @@ template <class T> __device__ __forceinline__ void load(const T* row, i64 at, in
     }
 }
 
+// The same elements of N tensors.
+template <class T, int N>
+__device__ __forceinline__ void load_each(const void* const (&bases)[N], const i64 (&strides)[N], i64 row, i64 at, int count,
+                                          float (&out)[N][LANES]) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) load(row_of<T>(bases[n], strides[n], row), at, count, out[n]);
+}
+
 template <class T> __device__ __forceinline__ void store(T* row, i64 at, int count, const float (&values)[LANES]) {
     T* to = row + at;
     if (count == LANES && is_aligned(to)) {
@@ -54,25 +62,33 @@ template <class T> __device__ __forceinline__ void store(T* row, i64 at, int cou
     }
 }
 
-// One block's share of the work: chunks of all rows in turn, so that a grid of any size does all of it.
+// A block's share of the work: one chunk of one row.
 struct Piece {
-    i64 row, chunk, item;
+    i64 row, chunk;
 };
 
-__device__ __forceinline__ Piece piece_of(i64 item, i64 chunks) {
-    Piece piece;
-    piece.item = item;
-    piece.row = item / chunks;
-    piece.chunk = item - piece.row * chunks;
-    return piece;
+// All chunks of all rows in turn, so that a grid of any size does all of it.
+template <class Body> __device__ __forceinline__ void for_pieces(i64 rows, i64 chunks, Body body) {
+    for (i64 item = blockIdx.x; item < rows * chunks; item += gridDim.x) {
+        Piece piece;
+        piece.row = item / chunks;
+        piece.chunk = item - piece.row * chunks;
+        body(piece);
+    }
 }
 
-__device__ __forceinline__ i64 first_element(const Piece& piece, int group) {
-    return piece.chunk * CHUNK + ((i64)group * THREADS + threadIdx.x) * LANES;
+// A thread's groups of elements in a chunk: body(group, first element, how many there are, 1 to LANES).
+template <class Body> __device__ __forceinline__ void for_groups(const Piece& piece, i64 dims, Body body) {
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+        const i64 at = piece.chunk * CHUNK + ((i64)group * THREADS + threadIdx.x) * LANES;
+        if (at < dims) body(group, at, dims - at < LANES ? (int)(dims - at) : LANES);
+    }
 }
 
-__device__ __forceinline__ int count_from(i64 at, i64 dims) {
-    return at >= dims ? 0 : dims - at < LANES ? (int)(dims - at) : LANES;
+// Rows in turn, one warp each: body(row).
+template <class Body> __device__ __forceinline__ void for_rows(i64 rows, Body body) {
+    for (i64 row = blockIdx.x; row < rows; row += gridDim.x) body(row);
 }
 
 // Sums of N values over the block; thread 0 has them.

@@ -22,48 +22,38 @@ __device__ __forceinline__ i64 size_of_chunk(i64 chunk, i64 dims) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) guidance_rescale(const __grid_constant__ Args args) {
     __shared__ float means[2];
-    for (i64 item = blockIdx.x; item < args.rows * args.chunks; item += gridDim.x) {
-        const Piece piece = piece_of(item, args.chunks);
-        float values[2][GROUPS * LANES];
+    for_pieces(args.rows, args.chunks, [&](const Piece& piece) {
+        float values[2][GROUPS * LANES] = {};
         float sums[2] = {0.0f, 0.0f}, deviations[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const i64 at = first_element(piece, group);
-            const int count = count_from(at, args.dims);
-            float outputs[NUM_OUTPUTS][LANES] = {};
-            if (count > 0) {
-#pragma unroll
-                for (int k = 0; k < NUM_OUTPUTS; ++k)
-                    load(row_of<OUTPUT_TYPE>(args.outputs[k], args.output_strides[k], piece.row), at, count, outputs[k]);
-            }
+        for_groups(piece, args.dims, [&](int group, i64 at, int count) {
+            float outputs[NUM_OUTPUTS][LANES];
+            load_each<OUTPUT_TYPE>(args.outputs, args.output_strides, piece.row, at, count, outputs);
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
                 values[0][group * LANES + lane] = combine<NUM_OUTPUTS>(0.0f, args.weights, 1.0f, outputs, lane);
                 values[1][group * LANES + lane] = outputs[CONDITIONAL][lane];
                 for (int n = 0; n < 2; ++n) sums[n] += values[n][group * LANES + lane];  // lanes past the end are 0
             }
-        }
+        });
         block_sum(sums);
         if (threadIdx.x == 0)
             for (int n = 0; n < 2; ++n) means[n] = sums[n] / (float)size_of_chunk(piece.chunk, args.dims);
         __syncthreads();
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const int count = count_from(first_element(piece, group), args.dims);
+        for_groups(piece, args.dims, [&](int group, i64, int count) {
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane)
                 for (int n = 0; n < 2; ++n)
                     if (lane < count) deviations[n] = add_square(deviations[n], values[n][group * LANES + lane] - means[n]);
-        }
+        });
         block_sum(deviations);
         const float written[4] = {means[0], deviations[0], means[1], deviations[1]};
         write_partials(args.partials, piece, args.chunks, written);
         __syncthreads();  // means are free again
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(WARP) guidance_rescale_finish(const __grid_constant__ Args args) {
-    for (i64 row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    for_rows(args.rows, [&](i64 row) {
         double standard[2];
         for (int n = 0; n < 2; ++n) {
             const float* means = args.partials + (row * 4 + 2 * n) * args.chunks;
@@ -83,5 +73,5 @@ extern "C" __global__ void __launch_bounds__(WARP) guidance_rescale_finish(const
             }
         }
         if (threadIdx.x == 0) args.factor[row] = (float)(args.strength * standard[1] / standard[0] + (1.0 - args.strength));
-    }
+    });
 }

@@ -35,24 +35,15 @@ struct Args {
 static_assert(sizeof(Args) == ARGS_SIZE, "the argument structure differs between Python and CUDA");
 
 extern "C" __global__ void __launch_bounds__(THREADS) guided_step(const __grid_constant__ Args args) {
-    for (i64 item = blockIdx.x; item < args.rows * args.chunks; item += gridDim.x) {
-        const Piece piece = piece_of(item, args.chunks);
+    for_pieces(args.rows, args.chunks, [&](const Piece& piece) {
         const i64 row = piece.row;
         const float factor = RESCALE ? args.factor[row] : 1.0f;
         float squares[1] = {0.0f};
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const i64 at = first_element(piece, group);
-            const int count = count_from(at, args.dims);
-            if (count == 0) continue;
+        for_groups(piece, args.dims, [&](int, i64 at, int count) {
             float x[LANES] = {}, noise[LANES] = {}, outputs[NUM_OUTPUTS][LANES], gradients[GRADIENT_SLOTS][LANES] = {};
             if (USES_X) load(row_of<X_TYPE>(args.x, args.x_stride, row), at, count, x);
-#pragma unroll
-            for (int k = 0; k < NUM_OUTPUTS; ++k)
-                load(row_of<OUTPUT_TYPE>(args.outputs[k], args.output_strides[k], row), at, count, outputs[k]);
-#pragma unroll
-            for (int j = 0; j < NUM_GRADIENTS; ++j)
-                load(row_of<GRADIENT_TYPE>(args.gradients[j], args.gradient_strides[j], row), at, count, gradients[j]);
+            load_each<OUTPUT_TYPE>(args.outputs, args.output_strides, row, at, count, outputs);
+            if (NUM_GRADIENTS > 0) load_each<GRADIENT_TYPE>(args.gradients, args.gradient_strides, row, at, count, gradients);
             if (NOISE == 1) load(row_of<float>(args.noise, args.noise_stride, row), at, count, noise);
             if (NOISE == 2) {
                 const u64 seed = (u64)args.seeds[row];
@@ -75,18 +66,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) guided_step(const __grid_c
             store(row_of<NEXT_TYPE>(args.x_next, args.dims, row), at, count, next);
             if (WRITES_MEAN) store(row_of<float>(args.mean, args.dims, row), at, count, mean);
             if (WRITES_VELOCITY) store(row_of<float>(args.velocity, args.dims, row), at, count, velocity);
-        }
+        });
         if (LOG_PROB) {
             block_sum(squares);
             write_partials(args.partials, piece, args.chunks, squares);
         }
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(WARP) guided_step_finish(const __grid_constant__ Args args) {
-    for (i64 row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    for_rows(args.rows, [&](i64 row) {
         double squares[1];
         row_sums(args.partials, row, args.chunks, squares);
         if (threadIdx.x == 0) args.log_prob[row] = (float)(args.log_prob_scale * squares[0] + args.log_prob_constant);
-    }
+    });
 }

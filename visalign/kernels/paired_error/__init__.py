@@ -4,17 +4,17 @@ made of (x0, noise, level) on the fly. See reference.py for the formulas."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visalign.kernels.arguments import as_tuple
 from visalign.kernels.backend import Backend, resolve
-from visalign.kernels.formula import obstacle
+from visalign.kernels.formula import training_obstacle
 from visalign.kernels.launch import engine_of
 from visalign.kernels.paired_error.formula import SCHEMA, PairFormula
-from visalign.kernels.paired_error.fused import Found, Inputs, empty, run, run_backward
+from visalign.kernels.paired_error.fused import Inputs, empty, run, run_backward
 from visalign.kernels.paired_error.reference import PairedErrors, backward, check_mask, reference
 from visalign.maths.outputs import Outputs
 from visalign.types import PredictionKind
@@ -60,15 +60,9 @@ def _per_sample(level: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _obstacle(outputs: Outputs, held: Outputs | None) -> str | None:
-    if outputs.terms:
-        return "guided outputs are not trained on"
     if outputs.readout is not None and outputs.readout.combination.correction != "none":
         return f"the guidance correction '{outputs.readout.combination.correction}' is not fused"
-    if held is not None and held.readout != outputs.readout:
-        return "the reference's outputs are read in another way"
-    if held is not None and held.tensors[0].dtype != outputs.tensors[0].dtype:
-        return "policy and reference have several dtypes"
-    return obstacle(outputs)
+    return training_obstacle(outputs, held)
 
 
 _TENSORS = "Tensor x0, Tensor noise, Tensor[] outputs, Tensor[] reference, Tensor? mask"
@@ -78,13 +72,9 @@ torch.library.define("visalign::paired_error_backward", f"(Tensor grad_error, Te
                      "-> Tensor[]")
 
 
-def _as_tuple(found: Found) -> tuple[Tensor, ...]:
-    return tuple(getattr(found, field.name) for field in fields(found))
-
-
 def _cuda(x: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor], held: list[Tensor], mask: Tensor | None, norms: bool,
           *flat: Any) -> tuple[Tensor, ...]:
-    return _as_tuple(run(engine_of(x0.device), Inputs(x0, noise, outputs, held, mask), PairFormula.from_flat(*flat), norms))
+    return as_tuple(run(engine_of(x0.device), Inputs(x0, noise, outputs, held, mask), PairFormula.from_flat(*flat), norms))
 
 
 def _cpu(x: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor], held: list[Tensor], mask: Tensor | None, norms: bool,
@@ -94,14 +84,14 @@ def _cpu(x: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor], held: list
                       formula.outputs(held) if held else None, mask, True, norms)
     count = torch.full(x0.shape[:1], x0[0].numel()) if mask is None else mask.expand(x0.shape).flatten(1).sum(dim=1)
     values = (found.policy, found.reference, found.gap, found.norm_policy, found.norm_reference, count)
-    rooms = _as_tuple(empty(Inputs(x0, noise, outputs, held, mask), norms))
+    rooms = as_tuple(empty(Inputs(x0, noise, outputs, held, mask), norms))
     return tuple(room if value is None else room.copy_(value) for room, value in zip(rooms, values, strict=True))
 
 
 @torch.library.register_fake("visalign::paired_error")
 def _fake(x: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor], held: list[Tensor], mask: Tensor | None, norms: bool,
           *flat: Any) -> tuple[Tensor, ...]:
-    return _as_tuple(empty(Inputs(x0, noise, outputs, held, mask), norms))
+    return as_tuple(empty(Inputs(x0, noise, outputs, held, mask), norms))
 
 
 def _backward_cuda(grad_error: Tensor, grad_gap: Tensor, count: Tensor, x0: Tensor, noise: Tensor, outputs: list[Tensor],

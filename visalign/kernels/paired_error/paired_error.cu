@@ -48,11 +48,8 @@ __device__ __forceinline__ void read(const Args& args, i64 row, i64 at, int coun
     for (int lane = 0; lane < LANES; ++lane) of.x0[lane] = of.noise[lane] = 0.0f;
     if (USES_X0) load(row_of<float>(args.x0, args.x0_stride, row), at, count, of.x0);
     if (USES_NOISE) load(row_of<float>(args.noise, args.noise_stride, row), at, count, of.noise);
-#pragma unroll
-    for (int k = 0; k < NUM_OUTPUTS; ++k) {
-        load(row_of<OUTPUT_TYPE>(args.outputs[k], args.output_strides[k], row), at, count, of.outputs[k]);
-        if (HAS_REFERENCE) load(row_of<OUTPUT_TYPE>(args.reference[k], args.reference_strides[k], row), at, count, of.reference[k]);
-    }
+    load_each<OUTPUT_TYPE>(args.outputs, args.output_strides, row, at, count, of.outputs);
+    if (HAS_REFERENCE) load_each<OUTPUT_TYPE>(args.reference, args.reference_strides, row, at, count, of.reference);
     const unsigned char* mask = row_of<unsigned char>(args.mask, args.mask_stride, row);
 #pragma unroll
     for (int lane = 0; lane < LANES; ++lane) of.kept[lane] = lane < count && (!HAS_MASK || mask[at + lane] != 0);
@@ -77,15 +74,10 @@ __device__ __forceinline__ void read_scalars(const Args& args, i64 row, float (&
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) paired_error(const __grid_constant__ Args args) {
-    for (i64 item = blockIdx.x; item < args.rows * args.chunks; item += gridDim.x) {
-        const Piece piece = piece_of(item, args.chunks);
+    for_pieces(args.rows, args.chunks, [&](const Piece& piece) {
         float scalars[SCALARS], sums[NUM_SUMS] = {};
         read_scalars(args, piece.row, scalars);
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const i64 at = first_element(piece, group);
-            const int count = count_from(at, args.dims);
-            if (count == 0) continue;
+        for_groups(piece, args.dims, [&](int, i64 at, int count) {
             Elements of;
             read(args, piece.row, at, count, of);
 #pragma unroll
@@ -101,17 +93,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) paired_error(const __grid_
                 }
                 if (HAS_MASK) sums[NUM_SUMS - 1] += 1.0f;
             }
-        }
+        });
         block_sum(sums);
         write_partials(args.partials, piece, args.chunks, sums);
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(WARP) paired_error_finish(const __grid_constant__ Args args) {
-    for (i64 row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    for_rows(args.rows, [&](i64 row) {
         double sums[NUM_SUMS];
         row_sums(args.partials, row, args.chunks, sums);
-        if (threadIdx.x != 0) continue;
+        if (threadIdx.x != 0) return;
         const double count = HAS_MASK ? sums[NUM_SUMS - 1] : (double)args.dims;
         args.count[row] = (float)count;
         args.error[row] = (float)(sums[0] / count);
@@ -121,22 +113,17 @@ extern "C" __global__ void __launch_bounds__(WARP) paired_error_finish(const __g
         }
         if (NORMS) args.norm[row] = (float)sqrt(sums[OF_NORM]);
         if (NORMS && HAS_REFERENCE) args.norm_reference[row] = (float)sqrt(sums[OF_COUNT - 1]);
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) paired_error_backward(const __grid_constant__ Args args) {
-    for (i64 item = blockIdx.x; item < args.rows * args.chunks; item += gridDim.x) {
-        const Piece piece = piece_of(item, args.chunks);
+    for_pieces(args.rows, args.chunks, [&](const Piece& piece) {
         const i64 row = piece.row;
         float scalars[SCALARS];
         read_scalars(args, row, scalars);
         const float twice = 2.0f / args.count[row];
         const float by_error = twice * args.grad_error[row], by_gap = HAS_REFERENCE ? twice * args.grad_gap[row] : 0.0f;
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const i64 at = first_element(piece, group);
-            const int count = count_from(at, args.dims);
-            if (count == 0) continue;
+        for_groups(piece, args.dims, [&](int, i64 at, int count) {
             Elements of;
             read(args, row, at, count, of);
             float grads[NUM_OUTPUTS][LANES];
@@ -151,6 +138,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) paired_error_backward(cons
             }
 #pragma unroll
             for (int k = 0; k < NUM_OUTPUTS; ++k) store(row_of<OUTPUT_TYPE>(args.grad_outputs[k], args.dims, row), at, count, grads[k]);
-        }
-    }
+        });
+    });
 }

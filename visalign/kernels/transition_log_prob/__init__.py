@@ -3,14 +3,14 @@ a mean or a velocity. See reference.py for the formulas."""
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from visalign.kernels.arguments import as_tuple
 from visalign.kernels.backend import Backend, resolve
-from visalign.kernels.formula import SCHEMA, StepFormula, obstacle
+from visalign.kernels.formula import SCHEMA, StepFormula, training_obstacle
 from visalign.kernels.guidance_rescale.reference import moments
 from visalign.kernels.launch import engine_of
 from visalign.kernels.transition_log_prob.fused import Found, Inputs, Slopes, empty, rescales, run, run_backward
@@ -42,22 +42,12 @@ def transition_log_prob(outputs: Outputs, x: Tensor, x_next: Tensor, transition:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in constants):
         raise ValueError("transition_log_prob is differentiated in the policy's outputs alone; detach x, x_next, the reference's outputs "
                          "and the old velocity")
-    if resolve(backend, OPERATOR, [*outputs.tensors, *constants], _obstacle(outputs, reference_outputs)) == "torch":
+    if resolve(backend, OPERATOR, [*outputs.tensors, *constants], training_obstacle(outputs, reference_outputs)) == "torch":
         return reference(outputs, x, x_next, transition, reference_outputs, velocity_old)
     density, kl_reference, kl_old, gap, *_ = torch.ops.visalign.transition_log_prob(
         x, x_next, list(outputs.tensors), list(held), velocity_old, *StepFormula.of(outputs, transition).flat())
     return StepTerms(density, None if reference_outputs is None else kl_reference, None if velocity_old is None else kl_old,
                      None if velocity_old is None else gap.detach())
-
-
-def _obstacle(outputs: Outputs, held: Outputs | None) -> str | None:
-    if outputs.terms:
-        return "guided outputs are not trained on"
-    if held is not None and (held.readout, held.alpha, held.sigma) != (outputs.readout, outputs.alpha, outputs.sigma):
-        return "the reference's outputs are read in another way"
-    if held is not None and held.tensors[0].dtype != outputs.tensors[0].dtype:
-        return "policy and reference have several dtypes"
-    return obstacle(outputs)
 
 
 _TENSORS = "Tensor x, Tensor x_next, Tensor[] outputs, Tensor[] reference, Tensor? velocity_old"
@@ -66,12 +56,8 @@ torch.library.define("visalign::transition_log_prob", f"({_TENSORS}, {SCHEMA}) -
 torch.library.define("visalign::transition_log_prob_backward", "(Tensor grad_log_prob, Tensor grad_kl_reference, Tensor grad_kl_old, "
                      f"Tensor moments, Tensor factor, Tensor reference_factor, {_TENSORS}, {SCHEMA}) -> Tensor[]")
 
-def _as_tuple(found: Found) -> tuple[Tensor, ...]:
-    return tuple(getattr(found, field.name) for field in fields(found))
-
-
 def _cuda(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _as_tuple(run(engine_of(x.device), Inputs(x, *rest[:4]), StepFormula.from_flat(*rest[4:])))
+    return as_tuple(run(engine_of(x.device), Inputs(x, *rest[:4]), StepFormula.from_flat(*rest[4:])))
 
 
 def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
@@ -84,12 +70,12 @@ def _cpu(*arguments: Any) -> tuple[Tensor, ...]:
         both = [moments(tensors, how) for tensors in (given.outputs, given.reference) if tensors]
         rescaled = [both[0], *(how.strength * one[:, 3] / one[:, 1] + 1 - how.strength for one in both), None][:3]
     values = (terms.log_prob, terms.kl_reference, terms.kl_old, terms.output_gap, *rescaled)
-    return tuple(room if value is None else room.copy_(value) for room, value in zip(_as_tuple(empty(given, formula)), values, strict=True))
+    return tuple(room if value is None else room.copy_(value) for room, value in zip(as_tuple(empty(given, formula)), values, strict=True))
 
 
 @torch.library.register_fake("visalign::transition_log_prob")
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _as_tuple(empty(Inputs(*arguments[:5]), StepFormula.from_flat(*arguments[5:])))
+    return as_tuple(empty(Inputs(*arguments[:5]), StepFormula.from_flat(*arguments[5:])))
 
 
 def _backward_cuda(*arguments: Any) -> list[Tensor]:

@@ -53,11 +53,20 @@ __device__ __forceinline__ void read(const Args& args, i64 row, i64 at, int coun
     if (USES_X) load(row_of<X_TYPE>(args.x, args.x_stride, row), at, count, of.x);
     load(row_of<NEXT_TYPE>(args.x_next, args.x_next_stride, row), at, count, of.next);
     if (HAS_OLD) load(row_of<float>(args.velocity_old, args.velocity_old_stride, row), at, count, of.old);
-#pragma unroll
-    for (int k = 0; k < NUM_OUTPUTS; ++k) {
-        load(row_of<OUTPUT_TYPE>(args.outputs[k], args.output_strides[k], row), at, count, of.outputs[k]);
-        if (HAS_REFERENCE) load(row_of<OUTPUT_TYPE>(args.reference[k], args.reference_strides[k], row), at, count, of.reference[k]);
-    }
+    load_each<OUTPUT_TYPE>(args.outputs, args.output_strides, row, at, count, of.outputs);
+    if (HAS_REFERENCE) load_each<OUTPUT_TYPE>(args.reference, args.reference_strides, row, at, count, of.reference);
+}
+
+// Of guidance rescale, 1 without.
+struct Factors {
+    float own, reference;
+};
+
+__device__ __forceinline__ Factors factors_of(const Args& args, i64 row) {
+    Factors found;
+    found.own = RESCALE ? args.factor[row] : 1.0f;
+    found.reference = RESCALE && HAS_REFERENCE ? args.reference_factor[row] : 1.0f;
+    return found;
 }
 
 // What the step missed, and how far its velocity is from the others'.
@@ -65,35 +74,29 @@ struct Gaps {
     float next, reference, old;
 };
 
-__device__ __forceinline__ Gaps gaps(const Args& args, const Elements& of, float factor, float reference_factor, int lane) {
-    const float mean = combine<NUM_OUTPUTS>(args.mean_x * of.x[lane], args.mean_outputs, factor, of.outputs, lane);
-    const float velocity = combine<NUM_OUTPUTS>(args.velocity_x * of.x[lane], args.velocity_outputs, factor, of.outputs, lane);
+__device__ __forceinline__ Gaps gaps(const Args& args, const Elements& of, const Factors& factors, int lane) {
+    const float mean = combine<NUM_OUTPUTS>(args.mean_x * of.x[lane], args.mean_outputs, factors.own, of.outputs, lane);
+    const float velocity = combine<NUM_OUTPUTS>(args.velocity_x * of.x[lane], args.velocity_outputs, factors.own, of.outputs, lane);
     Gaps found;
     found.next = of.next[lane] - mean;
     found.old = HAS_OLD ? velocity - of.old[lane] : 0.0f;
     found.reference = 0.0f;
     if (HAS_REFERENCE)
-        found.reference = velocity - combine<REFERENCE_SLOTS>(args.velocity_x * of.x[lane], args.velocity_outputs, reference_factor,
+        found.reference = velocity - combine<REFERENCE_SLOTS>(args.velocity_x * of.x[lane], args.velocity_outputs, factors.reference,
                                                               of.reference, lane);
     return found;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) transition_log_prob(const __grid_constant__ Args args) {
-    for (i64 item = blockIdx.x; item < args.rows * args.chunks; item += gridDim.x) {
-        const Piece piece = piece_of(item, args.chunks);
-        const float factor = RESCALE ? args.factor[piece.row] : 1.0f;
-        const float reference_factor = RESCALE && HAS_REFERENCE ? args.reference_factor[piece.row] : 1.0f;
+    for_pieces(args.rows, args.chunks, [&](const Piece& piece) {
+        const Factors factors = factors_of(args, piece.row);
         float sums[NUM_SUMS] = {};
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const i64 at = first_element(piece, group);
-            const int count = count_from(at, args.dims);
-            if (count == 0) continue;
+        for_groups(piece, args.dims, [&](int, i64 at, int count) {
             Elements of;
             read(args, piece.row, at, count, of);
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {  // past the end everything is 0 and adds nothing
-                const Gaps gap = gaps(args, of, factor, reference_factor, lane);
+                const Gaps gap = gaps(args, of, factors, lane);
                 sums[0] = add_square(sums[0], gap.next);
                 if (HAS_REFERENCE) sums[HAS_REFERENCE] = add_square(sums[HAS_REFERENCE], gap.reference);
                 if (HAS_OLD) {
@@ -101,17 +104,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) transition_log_prob(const 
                     sums[NUM_SUMS - 1] = add_square(sums[NUM_SUMS - 1], of.old[lane]);
                 }
             }
-        }
+        });
         block_sum(sums);
         write_partials(args.partials, piece, args.chunks, sums);
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(WARP) transition_log_prob_finish(const __grid_constant__ Args args) {
-    for (i64 row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    for_rows(args.rows, [&](i64 row) {
         double sums[NUM_SUMS];
         row_sums(args.partials, row, args.chunks, sums);
-        if (threadIdx.x != 0) continue;
+        if (threadIdx.x != 0) return;
         args.log_prob[row] = (float)(args.log_prob_scale * sums[0] + args.log_prob_constant);
         if (HAS_REFERENCE) args.kl_reference[row] = (float)(args.kl_scale * sums[HAS_REFERENCE]);
         if (HAS_OLD) {
@@ -119,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(WARP) transition_log_prob_finish(co
             args.kl_old[row] = (float)(args.kl_scale * sums[NUM_SUMS - 2]);
             args.output_gap[row] = (float)(sqrt(sums[NUM_SUMS - 2]) / (norm > 1e-12 ? norm : 1e-12));
         }
-    }
+    });
 }
 
 // Gradients with respect to mean and velocity.
@@ -138,44 +141,36 @@ __device__ __forceinline__ Slopes slopes(const Args& args, i64 row, const Gaps& 
 
 // Gradient of the factor: sum_d slope_mean sum_k c_k m_k + slope_velocity sum_k v_k m_k.
 extern "C" __global__ void __launch_bounds__(THREADS) transition_log_prob_factor(const __grid_constant__ Args args) {
-    for (i64 item = blockIdx.x; item < args.rows * args.chunks; item += gridDim.x) {
-        const Piece piece = piece_of(item, args.chunks);
-        const float factor = RESCALE ? args.factor[piece.row] : 1.0f;
-        const float reference_factor = RESCALE && HAS_REFERENCE ? args.reference_factor[piece.row] : 1.0f;
+    for_pieces(args.rows, args.chunks, [&](const Piece& piece) {
+        const Factors factors = factors_of(args, piece.row);
         float sums[1] = {};
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const i64 at = first_element(piece, group);
-            const int count = count_from(at, args.dims);
-            if (count == 0) continue;
+        for_groups(piece, args.dims, [&](int, i64 at, int count) {
             Elements of;
             read(args, piece.row, at, count, of);
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
-                const Slopes slope = slopes(args, piece.row, gaps(args, of, factor, reference_factor, lane));
+                const Slopes slope = slopes(args, piece.row, gaps(args, of, factors, lane));
                 sums[0] = fmaf(slope.mean, combine<NUM_OUTPUTS>(0.0f, args.mean_outputs, 1.0f, of.outputs, lane), sums[0]);
                 sums[0] = fmaf(slope.velocity, combine<NUM_OUTPUTS>(0.0f, args.velocity_outputs, 1.0f, of.outputs, lane), sums[0]);
             }
-        }
+        });
         block_sum(sums);
         write_partials(args.partials, piece, args.chunks, sums);
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(WARP) transition_log_prob_factor_finish(const __grid_constant__ Args args) {
-    for (i64 row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    for_rows(args.rows, [&](i64 row) {
         double sums[1];
         row_sums(args.partials, row, args.chunks, sums);
         if (threadIdx.x == 0) args.grad_factor[row] = (float)sums[0];
-    }
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) transition_log_prob_backward(const __grid_constant__ Args args) {
-    for (i64 item = blockIdx.x; item < args.rows * args.chunks; item += gridDim.x) {
-        const Piece piece = piece_of(item, args.chunks);
+    for_pieces(args.rows, args.chunks, [&](const Piece& piece) {
         const i64 row = piece.row;
-        const float factor = RESCALE ? args.factor[row] : 1.0f;
-        const float reference_factor = RESCALE && HAS_REFERENCE ? args.reference_factor[row] : 1.0f;
+        const Factors factors = factors_of(args, row);
         float mean_m = 0.0f, mean_p = 0.0f, by_m = 0.0f, by_p = 0.0f;  // see guidance_rescale/reference.py
         if (RESCALE) {
             mean_m = args.moments[row * 4];
@@ -185,27 +180,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) transition_log_prob_backwa
             by_m = (float)(-scale * std_p / (std_m * std_m * std_m));
             by_p = (float)(scale / (std_m * std_p));
         }
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            const i64 at = first_element(piece, group);
-            const int count = count_from(at, args.dims);
-            if (count == 0) continue;
+        for_groups(piece, args.dims, [&](int, i64 at, int count) {
             Elements of;
             read(args, row, at, count, of);
             float grads[NUM_OUTPUTS][LANES];
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
-                const Slopes slope = slopes(args, row, gaps(args, of, factor, reference_factor, lane));
+                const Slopes slope = slopes(args, row, gaps(args, of, factors, lane));
                 const float combined = RESCALE ? combine<NUM_OUTPUTS>(0.0f, args.weights, 1.0f, of.outputs, lane) : 0.0f;
 #pragma unroll
                 for (int k = 0; k < NUM_OUTPUTS; ++k) {
-                    grads[k][lane] = factor * fmaf(args.velocity_outputs[k], slope.velocity, args.mean_outputs[k] * slope.mean);
+                    grads[k][lane] = factors.own * fmaf(args.velocity_outputs[k], slope.velocity, args.mean_outputs[k] * slope.mean);
                     if (RESCALE) grads[k][lane] = fmaf(args.weights[k] * by_m, combined - mean_m, grads[k][lane]);
                     if (RESCALE && k == CONDITIONAL) grads[k][lane] = fmaf(by_p, of.outputs[k][lane] - mean_p, grads[k][lane]);
                 }
             }
 #pragma unroll
             for (int k = 0; k < NUM_OUTPUTS; ++k) store(row_of<OUTPUT_TYPE>(args.grad_outputs[k], args.dims, row), at, count, grads[k]);
-        }
-    }
+        });
+    });
 }
