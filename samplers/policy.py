@@ -35,6 +35,8 @@ PROBE = Prompt("a photo of a dog")
 class PipelinePolicy:
     """A captured pipeline (see `visalign.samplers.capture`). Implements `visalign.protocols.Policy`.
 
+    Everything that is predicted is made of `outputs` and `outputs_at`; a subclass that predicts something else overrides these.
+
     Args:
         pipe: a loaded diffusers pipeline.
         call: what the user passes on every call: ``num_inference_steps``, ``guidance_scale``, ``height``, ``num_frames``, ...
