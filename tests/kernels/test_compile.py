@@ -132,6 +132,14 @@ def test_machine_code_is_kept_by_what_went_into_it(folder, monkeypatch):
 
 
 @needs_nvrtc
+def test_an_empty_log_is_not_written_into_pythons_own_bytes(folder):
+    """NVRTC ends it with a NUL; written into a shared object it would turn every b" " of the process into one."""
+    assert nvrtc_compile(TYPICAL[0][0], ("--gpu-architecture=sm_90", *OPTIONS, *(f"-D{name}={value}" for name, value in
+                                                                                TYPICAL[0][1].items()))).log == ""
+    assert [bytes([value])[0] for value in range(256)] == list(range(256))
+
+
+@needs_nvrtc
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:40] + b"x" + data[41:], lambda data: b""])
 def test_a_damaged_file_is_made_anew(folder, damage, caplog):
     source, macros = TYPICAL[0]

@@ -67,16 +67,17 @@ def nvrtc_compile(source: str, options: Sequence[str]) -> MachineCode:
     text = _text(f"{source}/{source}.cu").encode()
     program = _checked(nvrtc, nvrtc.nvrtcCreateProgram(text, f"{source}.cu".encode(), len(headers), headers, names))
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
-    log = b" " * _checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program))
+    # A bytearray, not bytes: NVRTC writes into it, and Python shares its bytes objects of length 1, which is what an empty log has.
+    log = bytearray(_checked(nvrtc, nvrtc.nvrtcGetProgramLogSize(program)))
     _checked(nvrtc, nvrtc.nvrtcGetProgramLog(program, log))
     said = log.decode(errors="replace").strip("\0 \n")
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
         nvrtc.nvrtcDestroyProgram(program)
         raise KernelError(f"{compiler()} cannot compile {source}.cu with {' '.join(options)}:\n{said}")
-    code = b" " * _checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+    code = bytearray(_checked(nvrtc, nvrtc.nvrtcGetCUBINSize(program)))
     _checked(nvrtc, nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(program)
-    return MachineCode(code, said)
+    return MachineCode(bytes(code), said)
 
 
 @cache
