@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visalign.maths.combination import Combination
 from visalign.samplers.calls import PipelineCall
-from visalign.samplers.combine import Combination, fit_combination
+from visalign.samplers.combine import fit_combination
 from visalign.samplers.observe import CaptureError, Observation, ObservedStep, Observer
 from visalign.samplers.probes import ProbeRuns, probe_runs
 from visalign.samplers.schedule import ScheduleFit, fit_schedule, trim

@@ -34,7 +34,7 @@ class Denoise:
 
     def predictions(self, x: Tensor, plan: StepPlan, timesteps: Sequence[float], scales: Sequence[float | Tensor],
                     conditioning: PipelineConditioning, members: tuple[int, ...]) -> list[Tensor]:
-        """The rows that the step's combination takes, each shaped like x (B, ...), float32.
+        """The rows that the step's combination takes, each shaped like x (B, ...), in the network's dtype.
 
         Args:
             timesteps: one per row.
@@ -51,7 +51,7 @@ class Denoise:
             self.rows += x.shape[0] * site.copies
             outputs.append([leaf for leaf in torch.utils._pytree.tree_leaves(returned) if isinstance(leaf, Tensor)])
             if site.output is not None:
-                found += [row.reshape(x.shape).float() for row in batch_rows(site, returned, x.shape[0])]
+                found += [row.reshape(x.shape) for row in batch_rows(site, returned, x.shape[0])]
         return found
 
     def scales_at(self, plan: StepPlan, alpha: Tensor, sigma: Tensor) -> list[float | Tensor]:
@@ -82,10 +82,10 @@ class Denoise:
             two, times = tuple(members[row] for row in rows), [timesteps[row] for row in rows]
             scales = [1.0] * len(plan.sites)
             with torch.no_grad():
-                alone = [self.predictions(x[row:row + 1], plan, [time], scales, conditioning, (member,))[0]
+                alone = [self.predictions(x[row:row + 1], plan, [time], scales, conditioning, (member,))[0].float()
                          for row, time, member in zip(rows, times, two, strict=True)]
                 try:
-                    together = self.predictions(x[rows], plan, times, scales, conditioning, two)[0]
+                    together = self.predictions(x[rows], plan, times, scales, conditioning, two)[0].float()
                     gap = float((together - torch.cat(alone)).abs().max() / together.abs().max())
                 except (RuntimeError, ValueError, TypeError, IndexError):
                     gap = float("inf")

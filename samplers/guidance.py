@@ -4,7 +4,8 @@ Tilting ``p_t`` adds ``w grad r`` to its score. With ``score = -x1_pred / sigma`
 
     x1_pred -= sigma w grad r,    x0_pred += sigma^2 / alpha w grad r,    velocity -= (alpha + sigma) sigma / alpha w grad r
 
-the last with ``t / (1 - t)`` for rectified flow (Flow-NRG) and the first what classifier guidance does to epsilon (arXiv:2105.05233).
+the last (`maths.outputs.tilted`) with ``t / (1 - t)`` for rectified flow (Flow-NRG) and the first what classifier guidance does to epsilon
+(arXiv:2105.05233).
 
 Which reward r(x, t) belongs to a reward r(x0) of clean samples? Exactly ``log E[exp(w r(x0)) | x] / w``. Two approximations are here:
 `MediaReward` takes r at the denoised prediction, exact for linear rewards of Gaussian data; `visalign.samplers.reward_head` learns it.
@@ -15,17 +16,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from visalign.kernels.ask import outputs_of
+from visalign.maths.outputs import GradientTerm, Outputs
 from visalign.maths.process import from_velocity
 from visalign.protocols import DifferentiableReward, Policy, TrainingTimes
 from visalign.types import Media, NoiseLevel, Prediction, Prompt, Role
 
-Predict = Callable[[Tensor, int, Any, Role], Prediction]
+Ask = Callable[[Tensor, int, Any, Role], Outputs]
 
 
 class GuidanceReward(Protocol):
@@ -82,22 +86,6 @@ class Tilt:
             raise ValueError(f"guidance needs max_ratio > 0 and skip_first >= 0, got {self.max_ratio} and {self.skip_first}")
 
 
-def tilted(prediction: Prediction, x: Tensor, level: NoiseLevel, gradient: Tensor, max_ratio: float = math.inf) -> Prediction:
-    """The prediction of the tilted density: ``velocity - (alpha + sigma) min(sigma / alpha, max_ratio) gradient``.
-
-    Args:
-        prediction, x: at ``level``, (B, ...).
-        gradient: of the weighted reward with respect to x, (B, ...).
-    Raises:
-        ValueError: an unbounded factor in pure noise (alpha = 0).
-    """
-    ratio = min(level.sigma / level.alpha, max_ratio) if level.alpha > 0 else max_ratio
-    if math.isinf(ratio):
-        raise ValueError(f"the factor sigma / alpha of guidance is infinite at sigma {level.sigma:.4g}, alpha 0; give max_ratio, or skip "
-                         "the first step (skip_first=1)")
-    return from_velocity(prediction.velocity - (level.alpha + level.sigma) * ratio * gradient, x, level.alpha, level.sigma)
-
-
 @dataclass(frozen=True)
 class GuidedConditioning:
     """Encoded prompts together with their texts, which rewards read."""
@@ -119,11 +107,11 @@ class GuidedPolicy:
     Args:
         policy: what samples; none of its weights receives a gradient.
         tilt: rewards, weights, limits; ``None`` changes nothing.
-        predict: ``policy.predict``, or what stands in its place (`visalign.samplers.negative.predict_against`).
+        ask: what stands in the place of the policy's own outputs (`visalign.samplers.negative.ask_against`).
     """
 
-    def __init__(self, policy: Policy, tilt: Tilt | None = None, predict: Predict | None = None) -> None:
-        self.policy, self.tilt, self._predict = policy, tilt, predict or policy.predict
+    def __init__(self, policy: Policy, tilt: Tilt | None = None, ask: Ask | None = None) -> None:
+        self.policy, self.tilt, self._ask = policy, tilt, ask or partial(outputs_of, policy)
         self.schedule, self.latent_shape, self.device = policy.schedule, policy.latent_shape, policy.device
 
     def encode(self, prompts: Sequence[Prompt]) -> GuidedConditioning:
@@ -131,24 +119,29 @@ class GuidedPolicy:
 
     def predict(self, x: Tensor, step: int, conditioning: GuidedConditioning, role: Role = "policy") -> Prediction:
         """The tilted prediction for x (B, *latent_shape), without gradients."""
+        with torch.no_grad():
+            return self.outputs(x, step, conditioning, role).prediction(x)
+
+    def outputs(self, x: Tensor, step: int, conditioning: GuidedConditioning, role: Role = "policy") -> Outputs:
+        """The policy's outputs together with the gradient that tilts them."""
         tilt = self.tilt
         if tilt is None or step < tilt.skip_first:
             with torch.no_grad():
-                return self._predict(x, step, conditioning.rows, role)
+                return self._ask(x, step, conditioning.rows, role)
         level = self.schedule.levels[step]
         through = any(reward.through_denoiser for reward, _ in tilt.rewards)
         with torch.enable_grad():
             state = x.detach().requires_grad_()
             with torch.set_grad_enabled(through):
-                own = self._predict(state, step, conditioning.rows, role)
-            plain = Prediction(x0=own.x0.detach(), x1=own.x1.detach())
-            held = from_velocity(plain.velocity, state, level.alpha, level.sigma).x0
+                found = self._ask(state, step, conditioning.rows, role)
+                own = found.prediction(state)
+            held = from_velocity(own.velocity.detach(), state, level.alpha, level.sigma).x0
             values = [weight * reward(state, own.x0 if reward.through_denoiser else held, level, conditioning.prompts)
                       for reward, weight in tilt.rewards if weight != 0]
             if not values:
-                return plain
+                return found.detach()
             (gradient,) = torch.autograd.grad(torch.stack([value.sum().to(x.device) for value in values]).sum(), state)
-        return tilted(plain, x, level, gradient, tilt.max_ratio)
+        return replace(found.detach(), terms=(GradientTerm(gradient, tilt.max_ratio),))
 
     def predict_at(self, x: Tensor, timesteps: Tensor, conditioning: GuidedConditioning, role: Role = "policy") -> Prediction:
         """Refused: guidance belongs to sampling, losses at other timesteps ask the policy itself."""

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from visalign.maths.process import to_prediction
-from visalign.samplers.guidance import Predict
+from visalign.maths.outputs import Outputs
+from visalign.samplers.guidance import Ask
 from visalign.samplers.offsets import Offset, merge_offsets, own_offset, weights_with
 from visalign.samplers.policy import PipelinePolicy
-from visalign.types import Prediction, Role
+from visalign.types import Role
 
 
 def give_negative(policy: PipelinePolicy, delta: Offset, eta: Offset | None = None, a: float = 1.0, b: float = 1.0) -> None:
@@ -46,8 +46,8 @@ def give_negative(policy: PipelinePolicy, delta: Offset, eta: Offset | None = No
     policy.snapshot("negative", weights_with(policy, merge_offsets(eta, delta, a, b)))
 
 
-def predict_against(policy: PipelinePolicy, negative: Role = "negative") -> Predict:
-    """``policy.predict`` with the predictions that guidance subtracts made by another role's weights, for `GuidedPolicy`.
+def ask_against(policy: PipelinePolicy, negative: Role = "negative") -> Ask:
+    """``policy.outputs`` with the predictions that guidance subtracts made by another role's weights, for `GuidedPolicy`.
 
     Steps at which the pipeline itself guides nothing (a guidance interval) stay as they are.
 
@@ -62,9 +62,7 @@ def predict_against(policy: PipelinePolicy, negative: Role = "negative") -> Pred
     if not policy.has_role(negative):
         raise ValueError(f"role {negative!r} has no weights; give_negative() sets them")
 
-    def predict(x: Tensor, step: int, conditioning: Any, role: Role = "policy") -> Prediction:
-        output = policy.model_output(x, step, conditioning, role, negative if policy.subtracts(step) else None)
-        level, fit = policy.schedule.levels[step], policy.capture.fit
-        return to_prediction(output, x.float(), level.alpha, level.sigma, fit.kind, fit.sigma_data)
+    def ask(x: Tensor, step: int, conditioning: Any, role: Role = "policy") -> Outputs:
+        return policy.outputs(x, step, conditioning, role, negative if policy.subtracts(step) else None)
 
-    return predict
+    return ask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path as FilePath
@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from visalign.maths.process import to_prediction
+from visalign.maths.combination import Combination
+from visalign.maths.outputs import Outputs, Readout
 from visalign.samplers.calls import PipelineCall
 from visalign.samplers.capture import Capture, capture
 from visalign.samplers.codec import Codec
@@ -33,6 +34,8 @@ PROBE = Prompt("a photo of a dog")
 
 class PipelinePolicy:
     """A captured pipeline (see `visalign.samplers.capture`). Implements `visalign.protocols.Policy`.
+
+    Everything that is predicted is made of `outputs` and `outputs_at`; a subclass that predicts something else overrides these.
 
     Args:
         pipe: a loaded diffusers pipeline.
@@ -167,13 +170,18 @@ class PipelinePolicy:
         Raises:
             ValueError: x and conditioning have different lengths.
         """
-        output = self.model_output(x, step, conditioning, role)
-        level, fit = self.schedule.levels[step], self.capture.fit
-        return to_prediction(output, x.float(), level.alpha, level.sigma, fit.kind, fit.sigma_data)
+        return self.outputs(x, step, conditioning, role).prediction(x.float())
 
     def model_output(self, x: Tensor, step: int, conditioning: PipelineConditioning, role: Role = "policy",
                      negative: Role | None = None) -> Tensor:
-        """What the pipeline would hand to ``scheduler.step``, float32, shaped like x.
+        """What the pipeline would hand to ``scheduler.step``, float32, shaped like x. Arguments and errors as `outputs`."""
+        found = self.outputs(x, step, conditioning, role, negative)
+        assert found.readout is not None
+        return found.readout.combination([tensor.float() for tensor in found.tensors], x.float())
+
+    def outputs(self, x: Tensor, step: int, conditioning: PipelineConditioning, role: Role = "policy",
+                negative: Role | None = None) -> Outputs:
+        """The network's own answers at a step, in its dtype, and how they are read; everything else is made of them.
 
         With ``negative`` the predictions that guidance subtracts (negative weights) are made by that role's weights instead:
         Diffusion-NPO, arXiv:2505.11245.
@@ -181,25 +189,27 @@ class PipelinePolicy:
         Raises:
             ValueError: x and conditioning have different lengths; ``negative`` without anything that guidance subtracts.
         """
-        plan, timestep = self.capture.plans[step], self.schedule.timesteps[step]
+        plan, timestep, level = self.capture.plans[step], self.schedule.timesteps[step], self.schedule.levels[step]
 
         def predictions(role: Role, rows: Tensor, members: tuple[int, ...]) -> list[Tensor]:
             with self.roles.use(role):
                 return self.denoise.predictions(rows, plan, [timestep] * len(members), plan.scales, conditioning, members)
 
-        def output(members: tuple[int, ...]) -> Tensor:
+        def answers(members: tuple[int, ...]) -> list[Tensor]:
             rows = x if len(members) == x.shape[0] else x[list(members)]
             found = predictions(role, rows, members)
             if negative is not None:
                 against = predictions(negative, rows, members)
                 found = [other if weight < 0 else own
                          for own, other, weight in zip(found, against, plan.combination.weights, strict=True)]
-            return plan.combination(found, rows.float())
+            return found
 
         if negative is not None and not self.subtracts(step):
             raise ValueError(f"step {step} combines its predictions as {plan.combination.describe()}: guidance subtracts nothing there, so "
                              "that a negative model has no place; call the pipeline with classifier-free guidance (guidance_scale above 1)")
-        return self._by_family(conditioning, x, output)
+        families = self._families_of(conditioning, x)
+        tensors = _in_order([answers(members) for members in families], families)
+        return Outputs(tuple(tensors), level.alpha, level.sigma, self._readout(plan.combination))
 
     def subtracts(self, step: int) -> bool:
         """Whether guidance subtracts a prediction at this step, as classifier-free guidance does."""
@@ -215,45 +225,53 @@ class PipelinePolicy:
             ValueError: lengths differ, or a timestep outside the training range.
             CaptureError: the scheduler does not tell which level belongs to a timestep.
         """
+        return self.outputs_at(x, timesteps, conditioning, role).prediction(x.float())
+
+    def outputs_at(self, x: Tensor, timesteps: Tensor, conditioning: PipelineConditioning, role: Role = "policy") -> Outputs:
+        """As `outputs`, where `predict_at` asks. Where rows are guided differently the outputs are combined already, one per row."""
         if timesteps.shape != (x.shape[0],):
             raise ValueError(f"x has {x.shape[0]} samples but timesteps {tuple(timesteps.shape)}; give one per row")
-        fit, times = self.capture.fit, timesteps.detach().to("cpu", torch.float64)
+        times = timesteps.detach().to("cpu", torch.float64)
         alpha, sigma = self.times.level(times)
         visited = torch.tensor(self.schedule.timesteps, dtype=torch.float64)
         nearest = (times.unsqueeze(1) - visited).abs().argmin(dim=1).tolist()
 
-        def output(members: tuple[int, ...]) -> Tensor:
+        def answers(members: tuple[int, ...]) -> list[Tensor]:
             rows, index = (x, slice(None)) if len(members) == x.shape[0] else (x[list(members)], list(members))
             plan, at = self.capture.plans[nearest[members[0]]], times[index].tolist()
             if len(set(at)) > 1 and not self.denoise.takes_rows_of_times(plan, rows, at, conditioning, members):
                 together: dict[float, list[int]] = {}
                 for place, time in enumerate(at):
                     together.setdefault(time, []).append(place)
-                order = torch.tensor([place for places in together.values() for place in places]).argsort()
-                return torch.cat([output(tuple(members[place] for place in places)) for places in together.values()])[order.to(x.device)]
+                return _in_order([answers(tuple(members[place] for place in places)) for places in together.values()],
+                                 list(together.values()))
             scales = self.denoise.scales_at(plan, alpha[index], sigma[index])
-            found = self.denoise.predictions(rows, plan, at, scales, conditioning, members)
-            return plan.combination(found, rows.float())
+            return self.denoise.predictions(rows, plan, at, scales, conditioning, members)
 
         alike = [(self.capture.plans[step].sites, self.capture.plans[step].combination.describe()) for step in nearest]
+        families = self._families_of(conditioning, x, alike)
         with self.roles.use(role):
-            answer = self._by_family(conditioning, x, output, alike)
-        return to_prediction(answer, x.float(), alpha.float(), sigma.float(), fit.kind, fit.sigma_data)
+            parts = [answers(members) for members in families]
+        plans = [replace(self.capture.plans[nearest[members[0]]].combination, residual=0.0) for members in families]
+        combination = plans[0]
+        if any(other != combination for other in plans):
+            parts = [[how([tensor.float() for tensor in part], x[list(members)].float())]
+                     for how, part, members in zip(plans, parts, families, strict=True)]
+            combination = Combination((1.0,))
+        return Outputs(tuple(_in_order(parts, families)), alpha.float(), sigma.float(), self._readout(combination))
 
-    def _by_family(self, conditioning: PipelineConditioning, x: Tensor, output: Callable[[tuple[int, ...]], Tensor],
-                   also: Sequence[Any] | None = None) -> Tensor:
-        """``output`` of the rows that can share a batch, back in order; ``also``: rows must agree in this too."""
+    def _readout(self, combination: Combination) -> Readout:
+        return Readout(combination, self.capture.fit.kind, self.capture.fit.sigma_data)
+
+    def _families_of(self, conditioning: PipelineConditioning, x: Tensor, also: Sequence[Any] | None = None) -> list[tuple[int, ...]]:
+        """The rows that can share a batch; with ``also`` they must agree in this too."""
         if len(conditioning) != x.shape[0]:
             raise ValueError(f"x has {x.shape[0]} samples but conditioning {len(conditioning)} rows; select() one row per sample")
         families: dict[Any, list[int]] = {}
         for row, prompt in enumerate(conditioning.prompts):
             key = id(prompt.family) if self.capture.batched else row
             families.setdefault((key, None if also is None else also[row]), []).append(row)
-        parts = [output(tuple(members)) for members in families.values()]
-        if len(parts) == 1:
-            return parts[0].float()
-        order = torch.tensor([row for members in families.values() for row in members]).argsort()
-        return torch.cat(parts)[order.to(x.device)].float()
+        return [tuple(members) for members in families.values()]
 
     def initial_latents(self, seeds: Sequence[int]) -> Tensor:
         """What the pipeline itself would start from with ``generator=torch.Generator("cpu").manual_seed(seed)``, one per seed.
@@ -318,3 +336,11 @@ class PipelinePolicy:
         """Write what was trained in the form plain diffusers loads; ``loading.json`` holds the line that loads each component."""
         loads = self.roles.save(self.pipe, folder)
         folder.joinpath("loading.json").write_text(json.dumps(loads, indent=2), encoding="utf-8")
+
+
+def _in_order(parts: Sequence[list[Tensor]], places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Batches of rows joined, each row at its place."""
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([place for part in places for place in part]).argsort()
+    return [torch.cat(tensors)[order.to(tensors[0].device)] for tensors in zip(*parts, strict=True)]

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from visalign.maths.gaussian import log_prob, transition_mean
+from visalign.kernels.ask import outputs_of
+from visalign.kernels.backend import Backend
+from visalign.kernels.guided_step import guided_step
 from visalign.maths.seeds import derive_seed
 from visalign.protocols import Conditioning, Dynamics, Policy
 from visalign.samplers.dynamics import ODE, Mixed
@@ -21,12 +24,13 @@ from visalign.samplers.steps import StepSelection
 from visalign.types import Prompt, Role, Trajectory, Transition
 
 INITIAL, STEP = 0, 1  # what a seed is for: derive_seed(seed, sample index, INITIAL) or (..., STEP + step)
+NoiseSource = Literal["generator", "philox"]
 
 
 def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics: Dynamics, steps: StepSelection, *, seed: int,
             iteration: int = 0, first_index: int = 0, same_initial_noise: bool = False, storage_dtype: torch.dtype = torch.float32,
             microbatch: int | None = None, keep_prediction: bool = True, storage_device: torch.device | str | None = None,
-            role: Role = "policy") -> Trajectory:
+            role: Role = "policy", noise: NoiseSource = "generator", backend: Backend = "auto") -> Trajectory:
     """Sample ``group_size`` times per prompt, without gradients, in evaluation mode and under the caller's autocast.
 
     Args:
@@ -40,6 +44,9 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
         keep_prediction: store the velocity at the stored steps.
         storage_device: where the trajectory is kept, ``None`` for the policy's device; ``"cpu"`` saves accelerator memory.
         role: whose weights sample.
+        noise: of the steps: PyTorch's ``generator`` on the CPU, one per sample, or ``philox`` (`maths.philox`), which the device itself
+            makes. Both depend on the sample's index and the step alone; they are other samples of one distribution.
+        backend: of the operators, see `visalign.kernels`.
     Returns:
         N = P * group_size samples, group by group.
     Raises:
@@ -49,11 +56,11 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
         raise ValueError(f"a rollout needs at least one prompt and group_size >= 1, got {len(prompts)} prompts and group_size {group_size}")
     levels = policy.schedule.levels
     stored = steps.select(policy.schedule.num_steps, iteration, seed)
-    noisy = stored if steps.stochastic else ()
-    mixed = Mixed(dynamics, noisy)
+    stochastic = stored if steps.stochastic else ()
+    mixed = Mixed(dynamics, stochastic)
     transitions = tuple(mixed.transition(levels, step) for step in range(policy.schedule.num_steps))
-    _check_stochastic(transitions, noisy, dynamics)
-    if same_initial_noise and not noisy and group_size > 1:
+    _check_stochastic(transitions, stochastic, dynamics)
+    if same_initial_noise and not stochastic and group_size > 1:
         raise ValueError("same_initial_noise with no stochastic step makes every sample of a group the same; set "
                          "sampler.same_initial_noise=false, or select stochastic steps (sampler.steps)")
 
@@ -78,21 +85,21 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
             chunk = conditioning.select(group_id[at].tolist())
             state = policy.initial_latents([derive_seed(seed, index, INITIAL) for index in noise_index[at].tolist()])
             for step, transition in enumerate(transitions):
-                if step not in stored:
-                    state = transition_mean(policy.predict(state, step, chunk, role), transition)
-                    continue
-                entry = stored.index(step)
-                state = _round(state, storage_dtype)
-                prediction = policy.predict(state, step, chunk, role)
-                mean = after = transition_mean(prediction, transition)
-                if transition.std > 0:
-                    seeds = [derive_seed(seed, index, STEP + step) for index in sample_index[at].tolist()]
-                    after = _round(mean + transition.std * standard_normal(seeds, policy.latent_shape).to(mean), storage_dtype)
-                    log_probs[at, entry] = log_prob(after, mean, transition.std).to(log_probs)
-                x[at, entry], x_next[at, entry] = state.to(x), after.to(x_next)
-                if velocity is not None:
-                    velocity[at, entry] = prediction.velocity.to(velocity)
-                state = after
+                kept, noisy = step in stored, transition.std > 0
+                if kept:
+                    state = _round(state, storage_dtype)
+                drawn, seeds = _draw(noise, [derive_seed(seed, index, STEP + step) for index in sample_index[at].tolist()], state, noisy)
+                made = guided_step(outputs_of(policy, state, step, chunk, role), state, transition, noise=drawn, seeds=seeds,
+                                   storage_dtype=storage_dtype if noisy else None, log_prob=noisy, velocity=kept and keep_prediction,
+                                   backend=backend)
+                if kept:
+                    entry = stored.index(step)
+                    x[at, entry], x_next[at, entry] = state.to(x), made.x_next.to(x_next)
+                    if made.log_prob is not None:
+                        log_probs[at, entry] = made.log_prob.to(log_probs)
+                    if velocity is not None and made.velocity is not None:
+                        velocity[at, entry] = made.velocity.to(velocity)
+                state = made.x_next.float() if noisy else made.x_next
             x_final[at] = state.to(x_final)
 
     return Trajectory(x=x, x_next=x_next, x_final=x_final, step_index=torch.tensor(stored, dtype=torch.int64),
@@ -102,7 +109,7 @@ def rollout(policy: Policy, prompts: Sequence[Prompt], group_size: int, dynamics
 
 
 def generate(policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], *, dynamics: Dynamics | None = None,
-             microbatch: int | None = None, role: Role = "policy") -> Tensor:
+             microbatch: int | None = None, role: Role = "policy", backend: Backend = "auto") -> Tensor:
     """Clean latents (n, *latent_shape), float32: one sample per prompt and seed, by the ODE unless ``dynamics`` says otherwise.
 
     The seed is handed to the pipeline's own noise as it is, so the pipeline called with it makes the same sample.
@@ -124,10 +131,8 @@ def generate(policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], *,
             chunk: Conditioning = policy.encode(prompts[at])
             state = policy.initial_latents(seeds[at])
             for step, transition in enumerate(transitions):
-                state = transition_mean(policy.predict(state, step, chunk, role), transition)
-                if transition.std > 0:
-                    noise = standard_normal([derive_seed(seed, STEP + step) for seed in seeds[at]], policy.latent_shape)
-                    state = state + transition.std * noise.to(state)
+                noise, _ = _draw("generator", [derive_seed(seed, STEP + step) for seed in seeds[at]], state, transition.std > 0)
+                state = guided_step(outputs_of(policy, state, step, chunk, role), state, transition, noise=noise, backend=backend).x_next
             finals.append(state.float())
     return torch.cat(finals) if finals else torch.empty(0, *policy.latent_shape)
 
@@ -150,15 +155,27 @@ class TrajectorySampler:
     storage_dtype: torch.dtype = torch.float32
     storage_device: torch.device | str | None = None
     keep_prediction: bool = True
+    noise: NoiseSource = "generator"
+    backend: Backend = "auto"
 
     def rollout(self, policy: Policy, prompts: Sequence[Prompt], *, rows: Sequence[int], iteration: int, first_index: int,
                 role: Role = "policy") -> Trajectory:
         return rollout(policy, prompts, self.group_size, self.dynamics, self.steps, seed=self.seed, iteration=iteration,
                        first_index=first_index, same_initial_noise=self.same_initial_noise, storage_dtype=self.storage_dtype,
-                       microbatch=self.microbatch, keep_prediction=self.keep_prediction, storage_device=self.storage_device, role=role)
+                       microbatch=self.microbatch, keep_prediction=self.keep_prediction, storage_device=self.storage_device, role=role,
+                       noise=self.noise, backend=self.backend)
 
     def generate(self, policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int], role: Role = "policy") -> Tensor:
-        return generate(policy, prompts, seeds, microbatch=self.microbatch, role=role)
+        return generate(policy, prompts, seeds, microbatch=self.microbatch, role=role, backend=self.backend)
+
+
+def _draw(source: NoiseSource, seeds: Sequence[int], like: Tensor, wanted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """A step's noise, or the seeds that it is made of where the step is taken; ``None`` for both where none is wanted."""
+    if not wanted:
+        return None, None
+    if source == "philox":
+        return None, torch.tensor(seeds, dtype=torch.int64, device=like.device)
+    return standard_normal(seeds, like.shape[1:]).to(like.device), None
 
 
 def _round(state: Tensor, dtype: torch.dtype) -> Tensor:

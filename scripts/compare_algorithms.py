@@ -37,7 +37,7 @@ from visalign.parts import Parts
 from visalign.plugins import load_reward
 from visalign.protocols import DifferentiableReward, Policy
 from visalign.samplers.guidance import GuidedPolicy, MediaReward, Tilt
-from visalign.samplers.negative import give_negative, predict_against
+from visalign.samplers.negative import ask_against, give_negative
 from visalign.samplers.offsets import read_offset
 from visalign.samplers.policy import PipelinePolicy
 
@@ -203,7 +203,7 @@ def against(config: Config, parts: Parts, folder: Path) -> tuple[dict[str, Any],
     base = PipelinePolicy.from_pretrained(str(resolve_path(config.model.path)), **call)
     plain = judge(base, parts, config)
     give_negative(base, read_offset(base, folder / "adapter"))
-    return plain, judge(GuidedPolicy(base, predict=predict_against(base)), parts, config)
+    return plain, judge(GuidedPolicy(base, ask=ask_against(base)), parts, config)
 
 
 def guided(weight: float, seed: int, folder: Path) -> Outcome:

@@ -81,6 +81,12 @@ def test_the_bottom_knows_only_itself(name: str) -> None:
         assert inside(target, *below), f"{name} imports {target}"
 
 
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if inside(name, "visalign.kernels")))
+def test_operators_stand_on_the_bottom_alone(name: str) -> None:
+    for target in imports(name, MODULES[name], static_only=False):
+        assert inside(target, "visalign.kernels", "visalign.maths", "visalign.types", "visalign.protocols"), f"{name} imports {target}"
+
+
 def test_there_are_no_import_cycles() -> None:
     graph = {name: {target for target in imports(name, path) if target in MODULES and target != name} for name, path in MODULES.items()}
     done: set[str] = set()

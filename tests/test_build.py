@@ -120,6 +120,7 @@ def test_gradient_checkpointing_and_microbatch_change_nothing_but_rounding(sd3, 
 
 @pytest.mark.parametrize("overrides", [
     ("trainable.mode=full", "train.learning_rate=1e-4"), ("train.precision=bfloat16",), ("sampler.storage_dtype=bfloat16",),
+    ("sampler.noise=philox", "kernels=torch"),
     ("algorithm.surrogate=guard", "sampler.dynamics={name: cps, eta: 0.5}"), ("ema.decay=0.9", "sampler.same_initial_noise=true"),
     ("algorithm.old_log_prob=recomputed", "model.eval_call={num_inference_steps: 6}", "sampler.steps={name: single}")])
 def test_variants_run_and_keep_the_invariants(sd3, tmp_path, overrides):
@@ -141,6 +142,11 @@ def test_rewards_of_one_name_get_names_of_their_own(sd3):
     assert [(term.name, term.weight) for term in terms] == [("jpeg_compressibility", 1.0), ("jpeg_compressibility_2", 2.0)]
     assert list(guards) == ["jpeg_incompressibility", "jpeg_compressibility_3"]
     assert stopping == {"jpeg_incompressibility"}
+
+
+def test_kernels_that_are_not_possible_are_refused_before_anything_is_loaded(sd3, tmp_path):
+    with pytest.raises(ValueError, match="kernels: cuda is not possible on cpu, tensors are on cpu; use kernels=auto or kernels=torch"):
+        train(config(sd3, f"model.path={tmp_path}/nowhere", "kernels=cuda"), tmp_path / "run")
 
 
 def test_a_missing_model_says_so(sd3, tmp_path):

@@ -61,6 +61,7 @@ def test_configs_lists_recipes_with_their_verification_and_prints_one() -> None:
 
 def test_env_is_ready_to_paste() -> None:
     text = visalign("env").output
+    assert "kernel cache" in text
     assert re.search(rf"^torch +{re.escape(torch.__version__.split('+')[0])}", text, re.M)
     assert re.search(r"^cpu +\d+ cores", text, re.M)
 

@@ -41,7 +41,8 @@ class TestArchives:
     def test_wheel_has_the_linked_packages_and_data_and_nothing_else(self, archives: tuple[Path, Path]) -> None:
         names = zipfile.ZipFile(archives[1]).namelist()
         for path in ("visalign/rewards/clip.py", "visalign/samplers/capture.py", "visalign/configs/quickstart.yaml",
-                     "visalign/report/style.css", "visalign/py.typed", "visalign/commands/plan.py",
+                     "visalign/report/style.css", "visalign/py.typed", "visalign/commands/plan.py", "visalign/kernels/elements.h",
+                     "visalign/kernels/rows.cuh", "visalign/kernels/guided_step/guided_step.cu",
                      "visalign/rewards/scorers/environments/hpsv3.txt", "visalign/serving/app.py"):
             assert path in names
         assert {name.partition("/")[0] for name in names if ".dist-info" not in name} == {"visalign"}

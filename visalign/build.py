@@ -16,6 +16,7 @@ from visalign.config import Config, GuardConfig, RewardConfig, UsersConfig, reso
 from visalign.credit import RewardTerm
 from visalign.data import load_prompts
 from visalign.distributed import Processes
+from visalign.kernels.backend import check_backend
 from visalign.maths.seeds import derive_seed
 from visalign.parts import Parts
 from visalign.preferences import PreferenceDataset, cached_latents, load_preferences
@@ -42,6 +43,7 @@ def build(config: Config, processes: Processes) -> Parts:
     Raises:
         ValueError: a name, a path or a combination in the configuration does not work out.
     """
+    check_backend(config.kernels, torch.device(processes.device))
     dataset = read_preferences(config)
     prompts, eval_prompts = build_prompts(config, dataset)
     sampler: Sampler = build_sampler(config)
@@ -115,7 +117,8 @@ def build_sampler(config: Config) -> TrajectorySampler:
     return TrajectorySampler(group_size=config.train.group_size, seed=config.train.seed, microbatch=config.train.microbatch,
                              dynamics=build_dynamics(settings.dynamics.name, **settings.dynamics.params),
                              steps=build_selection(settings.steps.name, **settings.steps.params),
-                             same_initial_noise=settings.same_initial_noise, storage_dtype=getattr(torch, settings.storage_dtype))
+                             same_initial_noise=settings.same_initial_noise, storage_dtype=getattr(torch, settings.storage_dtype),
+                             noise=settings.noise, backend=config.kernels)
 
 
 def build_rewards(config: Config) -> tuple[list[RewardTerm], dict[str, AnyReward], frozenset[str]]:

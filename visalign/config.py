@@ -232,12 +232,15 @@ class SamplerConfig(Section):
         steps: which steps are stochastic and hence trained (``all``, a window, a single one); the last never is.
         same_initial_noise: the samples of a group start from one noise draw, so that credit falls on the trained steps.
         storage_dtype: stored latents are rounded to it *before* their log-probability is taken.
+        noise: of stochastic steps: ``generator`` is PyTorch's on the CPU, the same samples on every device; ``philox`` is counter-based
+            and made where the step is taken, which saves its transfer. Either way a sample depends on its index and step alone.
     """
 
     dynamics: NamedPart = Named(name="flow_sde")
     steps: NamedPart = Named(name="all")
     same_initial_noise: bool = False
     storage_dtype: Dtype = "float32"
+    noise: Literal["generator", "philox"] = "generator"
 
 
 class AdvantageConfig(Section):
@@ -432,6 +435,9 @@ class Config(Section):
 
     ``combine`` says how several rewards become one: ``weighted``, ``log_tamed``, ``mean``, ``worst``, ``uncertainty``, ``entropic``,
     ``power_mean``, ``hierarchical``, ``constrained``, ``maxmin`` or ``by_prompt``, with its parameters (``visalign/composition``).
+
+    ``kernels`` is the backend of the fused operators (``visalign/kernels``): ``auto`` takes CUDA where it is possible and says so, ``cuda``
+    insists, ``torch`` never does.
     """
 
     recipe: RecipeConfig = Field(default_factory=RecipeConfig)
@@ -449,6 +455,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     tracking: tuple[Tracker, ...] = ("jsonl",)
+    kernels: Literal["auto", "cuda", "torch"] = "auto"
 
     @field_validator("rewards")
     @classmethod

@@ -63,7 +63,9 @@ class TrainingTimes(Protocol):
 
 
 class Policy(Protocol):
-    """A generator whose denoiser can be asked, trained and reverted to its reference."""
+    """A generator whose denoiser can be asked, trained and reverted to its reference.
+
+    One that also hands out its network's own outputs (`visalign.kernels.ask`) spares operators a prediction in memory."""
 
     schedule: Schedule
     latent_shape: tuple[int, ...]

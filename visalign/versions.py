@@ -40,9 +40,31 @@ def describe() -> str:
         lines.append(f"{f'gpu {index}':<16} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}")
     if not torch.cuda.is_available():
         lines.append(f"{'gpu':<16} none")
-    shown = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF", "WORLD_SIZE")
+    lines += [f"{name:<16} {value}" for name, value in _kernels()]
+    shown = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF", "VISALIGN_KERNEL_CACHE", "WORLD_SIZE")
     lines += [f"{name:<16} {os.environ[name]}" for name in shown if name in os.environ]
     return "\n".join(lines)
+
+
+def _kernels() -> list[tuple[str, str]]:
+    """Where the fused operators run, what compiles them, and where compiled ones are kept."""
+    import torch
+
+    from visalign.kernels.backend import unavailable
+    from visalign.kernels.compile import KernelError, cache_folder, compiler
+
+    try:
+        found = [("kernel compiler", compiler())]
+    except KernelError as error:
+        found = [("kernel compiler", f"none: {error}")]
+    for index in range(torch.cuda.device_count()):
+        why = unavailable(torch.device("cuda", index))
+        found.append((f"kernels {index}", "cuda" if why is None else f"torch: {why}"))
+    if not torch.cuda.device_count():
+        found.append(("kernels", "torch: no CUDA device"))
+    folder = cache_folder()
+    count = len(list(folder.glob("*.cubin"))) if folder.is_dir() else 0
+    return [*found, ("kernel cache", f"{folder}, {count} compiled")]
 
 
 def _commit() -> str:

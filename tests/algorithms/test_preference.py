@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from tests import gaussian_run
-from visalign.algorithms.errors import answer, mean_squared
+from visalign.algorithms.errors import errors
 from visalign.algorithms.noising import Times, add_noise, gaussian_noise
 from visalign.algorithms.pairing import Pairing
 from visalign.algorithms.preference import PreferenceOptimisation
 from visalign.credit import RewardTerm
 from visalign.distributed import Processes
+from visalign.kernels.ask import outputs_at
+from visalign.kernels.paired_error.reference import mean_squared
 from visalign.loop import Loop
 from visalign.maths.oracle import GaussianWorld
 from visalign.maths.preference import LOSSES, bind_loss
@@ -256,7 +258,8 @@ def test_spaces_differ_by_exact_factors():
     timesteps = torch.tensor([300.0, 300.0, 800.0], dtype=torch.float64)
     noised = add_noise(policy, x0, gaussian_noise([1, 2, 3], x0).double(), timesteps)
     conditioning = policy.encode([PROMPTS[0]] * 3)
-    e = {space: answer(policy, noised, conditioning, "policy", space).error() for space in ("native", "velocity", "epsilon", "x0")}
+    outputs = outputs_at(policy, noised.x, timesteps, conditioning)
+    e = {space: errors(policy, noised, outputs, space=space).policy for space in ("native", "velocity", "epsilon", "x0")}
     t = timesteps.float() / 1000
     torch.testing.assert_close(e["native"], e["velocity"])
     torch.testing.assert_close(e["epsilon"], (1 - t) ** 2 * e["velocity"], rtol=1e-4, atol=1e-6)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from visalign.samplers.combine import Combination, factor, fit_combination
+from visalign.maths.combination import Combination, factor
+from visalign.samplers.combine import fit_combination
 from visalign.samplers.observe import CaptureError
 
 

@@ -11,11 +11,12 @@ import torch
 from scripts.tiny_families import by_name
 from visalign.maths.gaussian import transition_mean
 from visalign.maths.oracle import GaussianWorld
+from visalign.maths.outputs import tilted
 from visalign.maths.process import to_prediction
 from visalign.maths.schedules import dance_sigmas, flow_schedule
 from visalign.protocols import DifferentiableReward, Policy, RewardSpec
 from visalign.samplers.dynamics import ODE
-from visalign.samplers.guidance import GuidedPolicy, MediaReward, Tilt, tilted
+from visalign.samplers.guidance import GuidedPolicy, MediaReward, Tilt
 from visalign.samplers.oracle_policy import GaussianPolicy
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.rollout import generate

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from scripts.tiny_families import by_name
 from visalign.samplers.guidance import GuidedPolicy
-from visalign.samplers.negative import give_negative, predict_against
+from visalign.samplers.negative import ask_against, give_negative
 from visalign.samplers.offsets import Factors, Offset, merge_offsets, read_offset
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.roles import ATTENTION
@@ -211,7 +211,7 @@ def test_equal_weights_are_plain_guidance_and_the_sample_moves_with_other_ones(f
     positive, negative = (read_offset(policy, folder) for folder in folders)
     give_negative(policy, negative, positive, a=1.0, b=0.0)
     plain = generate(policy, PROMPTS, [1, 2])
-    guided = GuidedPolicy(policy, predict=predict_against(policy))
+    guided = GuidedPolicy(policy, ask=ask_against(policy))
     torch.testing.assert_close(generate(guided, PROMPTS, [1, 2]), plain, rtol=1e-4, atol=1e-5)
     give_negative(policy, negative, a=1.0, b=1.0)
     assert (generate(guided, PROMPTS, [1, 2]) - plain).abs().max() > 1e-3
@@ -219,11 +219,11 @@ def test_equal_weights_are_plain_guidance_and_the_sample_moves_with_other_ones(f
 
 def test_pipelines_without_subtraction_and_roles_without_weights_are_refused(folders):
     with pytest.raises(ValueError, match=r"guidance subtracts nothing.*guidance_scale"):
-        predict_against(build(guidance_scale=1.0))
+        ask_against(build(guidance_scale=1.0))
     with pytest.raises(ValueError, match=r"guidance subtracts nothing"):
-        predict_against(build("Flux"))
+        ask_against(build("Flux"))
     with pytest.raises(ValueError, match="role 'negative' has no weights"):
-        predict_against(build())
+        ask_against(build())
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         merge_offsets(Offset(), Offset(), a=1.5)
 

@@ -7,10 +7,12 @@ import torch
 
 from visalign.maths.gaussian import log_prob, transition_mean
 from visalign.maths.oracle import GaussianWorld, propagate
+from visalign.maths.philox import philox_normal
 from visalign.maths.schedules import dance_sigmas, flow_schedule
+from visalign.maths.seeds import derive_seed
 from visalign.samplers.dynamics import CPS, DDIM, ODE, FlowSDE, Mixed
 from visalign.samplers.oracle_policy import GaussianPolicy
-from visalign.samplers.rollout import TrajectorySampler, generate, rollout
+from visalign.samplers.rollout import STEP, TrajectorySampler, generate, rollout
 from visalign.samplers.steps import AllSteps, NoSteps, SingleStep, Tail, Window
 from visalign.types import Prompt, Transition
 
@@ -45,8 +47,22 @@ def test_shapes_and_groups_of_equal_and_differently_cased_prompts():
 
 @pytest.mark.parametrize("microbatch", [1, 3, 5, 12, 100])
 @pytest.mark.parametrize("same_initial_noise", [False, True])
-def test_the_microbatch_changes_no_bit(microbatch, same_initial_noise):
-    assert_same(sample(same_initial_noise=same_initial_noise), sample(microbatch=microbatch, same_initial_noise=same_initial_noise))
+@pytest.mark.parametrize("noise", ["generator", "philox"])
+def test_the_microbatch_changes_no_bit(microbatch, same_initial_noise, noise):
+    settings = {"same_initial_noise": same_initial_noise, "noise": noise}
+    assert_same(sample(**settings), sample(microbatch=microbatch, **settings))
+
+
+def test_the_source_of_noise_is_another_draw_of_the_same_steps():
+    """Recomputed by hand from the sample's index, the step and the seed."""
+    found, other = sample(noise="philox"), sample()
+    assert torch.equal(found.x[:, 0], other.x[:, 0])
+    assert not torch.equal(found.x_next[:, 0], other.x_next[:, 0])
+    policy = make_policy()
+    prediction = policy.predict(found.x[:, 2], 2, found.conditioning.select(found.group_id.tolist()))
+    seeds = torch.tensor([derive_seed(0, index, STEP + 2) for index in found.sample_index.tolist()])
+    drawn = transition_mean(prediction, found.transitions[2]) + found.transitions[2].std * philox_normal(seeds, policy.latent_shape)
+    assert torch.equal(found.x_next[:, 2], drawn)
 
 
 @pytest.mark.parametrize("same_initial_noise", [False, True])
@@ -107,10 +123,11 @@ def test_members_that_share_noise_agree_before_the_window_and_differ_after():
 
 
 @pytest.mark.parametrize(("dynamics", "steps"), [(FlowSDE(), AllSteps()), (DDIM(), AllSteps()), (CPS(0.5), Window(1, 3))])
-def test_moments_are_those_of_exact_propagation(dynamics, steps):
+@pytest.mark.parametrize("noise", ["generator", "philox"])
+def test_moments_are_those_of_exact_propagation(dynamics, steps, noise):
     """20 000 samples of 6 elements each; 5 standard errors."""
     policy = make_policy()
-    found = sample(policy, prompts=[Prompt("x")], group_size=20_000, dynamics=dynamics, steps=steps)
+    found = sample(policy, prompts=[Prompt("x")], group_size=20_000, dynamics=dynamics, steps=steps, noise=noise)
     mixed = Mixed(dynamics, steps.select(6, 0, 0))
     exact = propagate(WORLD, mixed, policy.schedule.levels)
     assert (found.x_final.double().mean(0) - exact.mean).abs().max() < 5 * (exact.var.max() / 20_000) ** 0.5

@@ -10,62 +10,43 @@ the first update policy and reference agree bit for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from visalign.algorithms.noising import Noised
+from visalign.kernels.backend import Backend
+from visalign.kernels.paired_error import paired_error
+from visalign.kernels.paired_error.reference import PairedErrors
+from visalign.maths.outputs import Outputs
 from visalign.maths.process import from_prediction
 from visalign.protocols import Policy
-from visalign.types import Prediction, PredictionKind, Role
+from visalign.types import Prediction, PredictionKind
 
 Space = Literal["native", "epsilon", "x0", "velocity"]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a role said about noised samples.
-
-    Attributes:
-        output: in the chosen space, float32 (n, ...).
-        target: what it should have said.
-    """
-
-    output: Tensor
-    target: Tensor
-
-    def error(self, mask: Tensor | None = None) -> Tensor:
-        """Mean squared error over all but the batch axis, (n,); with ``mask`` (n, ...) over its true elements.
-
-        Raises:
-            ValueError: a mask without a true element in some sample.
-        """
-        return mean_squared(self.output, self.target, mask)
-
-
-def mean_squared(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One number per sample, float32 (n,), whatever the latent's number of axes: images, video and audio alike."""
-    squared = (output.float() - target.float()).square().flatten(1)
-    if mask is None:
-        return squared.mean(dim=1)
-    kept = mask.expand(output.shape).flatten(1)
-    count = kept.sum(dim=1)
-    if bool((count == 0).any()):
-        raise ValueError(f"sample {int((count == 0).nonzero()[0])} has no valid element in its mask; leave it out of the data")
-    return torch.where(kept, squared, 0.0).sum(dim=1) / count
-
-
-def answer(policy: Policy, noised: Noised, conditioning: Any, role: Role = "policy", space: Space = "native") -> Answer:
-    """This role's answer about noised samples; with gradients for whoever has trained weights, unless under ``no_grad``.
+def errors(policy: Policy, noised: Noised, outputs: Outputs, reference: Outputs | None = None, space: Space = "native", *,
+           mask: Tensor | None = None, gap: bool = False, norms: bool = False, backend: Backend = "auto") -> PairedErrors:
+    """Errors of what a role said about noised samples, and of what the reference said; with gradients for whoever has trained weights,
+    unless under ``no_grad``.
 
     Args:
-        conditioning: what ``policy.encode`` returned, one row per sample.
+        outputs, reference: `visalign.kernels.ask.outputs_at` at ``noised.x``.
+        mask: bool, broadcastable to (n, ...): the elements that count.
+        gap, norms: what to return besides.
+    Raises:
+        ValueError: a mask without a true element in some sample.
     """
-    prediction = policy.predict_at(noised.x, noised.timesteps, conditioning, role)
-    return Answer(output=in_space(policy, prediction, noised, space),
-                  target=in_space(policy, Prediction(x0=noised.x0, x1=noised.noise), noised, space))
+    return paired_error(outputs, noised.x, noised.x0, noised.noise, space=kind_of(policy, space), sigma_data=policy.times.sigma_data,
+                        reference_outputs=reference, mask=mask, gap=gap, norms=norms, backend=backend)
+
+
+def residual(policy: Policy, noised: Noised, outputs: Outputs, space: Space = "native") -> Tensor:
+    """``f - y``, (n, ...): what the error is the mean square of."""
+    answer, target = (in_space(policy, prediction, noised, space)
+                      for prediction in (outputs.prediction(noised.x), Prediction(x0=noised.x0, x1=noised.noise)))
+    return answer - target
 
 
 def in_space(policy: Policy, prediction: Prediction, noised: Noised, space: Space) -> Tensor:

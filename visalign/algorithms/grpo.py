@@ -20,11 +20,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.maths import gaussian
+from visalign.kernels.ask import outputs_of
+from visalign.kernels.backend import Backend
+from visalign.kernels.guided_step import guided_step
+from visalign.kernels.transition_log_prob import transition_log_prob
+from visalign.kernels.transition_log_prob.reference import StepTerms
 from visalign.maths import surrogate as surrogates
-from visalign.maths.gaussian import kl_divergence_per_dim, state_coefficients, transition_mean
+from visalign.maths.outputs import Outputs
 from visalign.protocols import LossTerms, Policy
-from visalign.types import Batch, Experience, Prediction, Role
+from visalign.types import Batch, Experience, Role, Transition
 
 
 @dataclass(frozen=True)
@@ -35,25 +39,26 @@ class Microbatch:
     rows: Tensor
     entry: int
 
-    def predict(self, policy: Policy, role: Role = "policy") -> Prediction:
+    @property
+    def transition(self) -> Transition:
+        return self.batch.experience.trajectory.transitions[self.entry]
+
+    def state(self, policy: Policy) -> Tensor:
+        """The stored states, float32 (n, ...)."""
+        return self.batch.experience.trajectory.x[self.rows, self.entry].to(policy.device).float()
+
+    def outputs(self, policy: Policy, x: Tensor, role: Role = "policy") -> Outputs:
         """This role's answer for the stored states, exactly as the rollout asked."""
         trajectory = self.batch.experience.trajectory
-        x = trajectory.x[self.rows, self.entry].to(policy.device).float()
         conditioning = trajectory.conditioning.select(trajectory.group_id[self.rows].tolist())
-        return policy.predict(x, int(trajectory.step_index[self.entry]), conditioning, role)
+        return outputs_of(policy, x, int(trajectory.step_index[self.entry]), conditioning, role)
 
-    def log_prob(self, prediction: Prediction) -> Tensor:
-        """Of the stored ``x_next``, nats, (n,)."""
+    def terms(self, outputs: Outputs, x: Tensor, reference: Outputs | None, backend: Backend) -> StepTerms:
+        """Log-probability of the stored ``x_next``, and KL to the reference and to the policy that sampled, nats, (n,)."""
         trajectory = self.batch.experience.trajectory
-        transition, x_next = trajectory.transitions[self.entry], trajectory.x_next[self.rows, self.entry]
-        return gaussian.log_prob(x_next.to(prediction.x0), transition_mean(prediction, transition), transition.std)
-
-    def kl_per_dim(self, policy: Policy, velocity: Tensor, other: Tensor) -> Tensor:
-        """Exact KL of the step under two velocities, (n,): from the same state the means differ by ``c_v (velocity - other)``."""
-        trajectory = self.batch.experience.trajectory
-        transition = trajectory.transitions[self.entry]
-        _, c_v = state_coefficients(policy.schedule.levels[int(trajectory.step_index[self.entry])], transition)
-        return kl_divergence_per_dim(c_v * velocity, c_v * other, transition.std)
+        x_next = trajectory.x_next[self.rows, self.entry].to(x.device)
+        old = None if trajectory.prediction is None else trajectory.prediction[self.rows, self.entry].to(x.device)
+        return transition_log_prob(outputs, x, x_next, self.transition, reference_outputs=reference, velocity_old=old, backend=backend)
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class GRPO:
         kl_schedule: "constant", or "linear" to 0 at the last of ``iterations``.
         old_log_prob: "recorded" in the rollout, or "recomputed" by the training graph before the first update (one more forward pass,
             for hardware whose results depend on what else is in the batch).
+        backend: of the operators, see `visalign.kernels`.
     """
 
     clip: float = 1e-4
@@ -75,6 +81,7 @@ class GRPO:
     kl_schedule: Literal["constant", "linear"] = "constant"
     iterations: int = 1
     old_log_prob: Literal["recorded", "recomputed"] = "recorded"
+    backend: Backend = "auto"
 
     @property
     def needs_reference(self) -> bool:
@@ -110,9 +117,13 @@ class GRPO:
         everything = Batch(experience, torch.arange(old.num_samples), denominator=old.num_samples)
         with torch.no_grad():
             for part in self.microbatches(policy, everything, microbatch, seed=0):
-                prediction = part.predict(policy)
-                log_probs[part.rows, part.entry] = part.log_prob(prediction).to(log_probs)
-                velocities[part.rows, part.entry] = prediction.velocity.to(velocities)
+                x = part.state(policy)
+                outputs = part.outputs(policy, x)
+                log_probs[part.rows, part.entry] = part.terms(outputs, x, None, self.backend).log_prob.to(log_probs)
+                # The operator that recorded it in the rollout, so that the loss finds the same velocity again, bit for bit.
+                step = guided_step(outputs, x, replace(part.transition, std=0.0), velocity=True, backend=self.backend)
+                assert step.velocity is not None
+                velocities[part.rows, part.entry] = step.velocity.to(velocities)
         return replace(experience, trajectory=replace(old, log_prob=log_probs, prediction=velocities))
 
     def microbatches(self, policy: Policy, batch: Batch, microbatch: int, seed: int) -> Iterator[Microbatch]:
@@ -124,10 +135,13 @@ class GRPO:
     def loss(self, policy: Policy, microbatch: Microbatch) -> LossTerms:
         """Surrogate and reference KL of one micro-batch over the global denominator."""
         experience, rows, entry = microbatch.batch.experience, microbatch.rows, microbatch.entry
-        trajectory, transition = experience.trajectory, experience.trajectory.transitions[entry]
-        prediction = microbatch.predict(policy)
-        log_prob = microbatch.log_prob(prediction) / trajectory.num_dims
-        log_prob_old = (trajectory.log_prob[rows, entry] / trajectory.num_dims).to(log_prob)
+        trajectory, num_dims, x = experience.trajectory, experience.trajectory.num_dims, microbatch.state(policy)
+        outputs = microbatch.outputs(policy, x)
+        with torch.no_grad():
+            reference = microbatch.outputs(policy, x, "reference") if self.needs_reference else None
+        step = microbatch.terms(outputs, x, reference, self.backend)
+        log_prob = step.log_prob / num_dims
+        log_prob_old = (trajectory.log_prob[rows, entry] / num_dims).to(log_prob)
         valid = experience.valid[rows].to(log_prob.device)
         # where(), here and below, not a product with the mask: 0 * NaN is NaN, in the gradient too.
         advantage = torch.where(valid, experience.advantage[rows, entry].to(log_prob), 0.0)
@@ -136,23 +150,20 @@ class GRPO:
         maxima = {"policy/ratio_deviation": _max(log_ratio.expm1().abs(), valid)}
 
         kl_old = torch.zeros_like(log_prob)
-        if trajectory.prediction is not None:
-            velocity_old = trajectory.prediction[rows, entry].to(prediction.velocity)
-            kl_old = recorded["kl_old"] = microbatch.kl_per_dim(policy, prediction.velocity, velocity_old)
-            maxima["policy/output_gap"] = _max(_relative_gap(prediction.velocity, velocity_old), valid)
+        if step.kl_old is not None and step.output_gap is not None:
+            kl_old = recorded["kl_old"] = step.kl_old / num_dims
+            maxima["policy/output_gap"] = _max(step.output_gap, valid)
 
         if self.surrogate == "clip":
             terms = surrogates.clipped(log_prob, log_prob_old, advantage, self.clip, self.clip)
         elif self.surrogate == "guard":
-            terms = surrogates.guard(log_prob, log_prob_old, kl_old, transition.std, advantage, self.clip, self.clip)
+            terms = surrogates.guard(log_prob, log_prob_old, kl_old, microbatch.transition.std, advantage, self.clip, self.clip)
         else:
             terms = surrogates.dppo(log_prob, log_prob_old, kl_old.detach(), advantage, self.clip)
         loss = terms.loss
 
-        if self.needs_reference:
-            with torch.no_grad():
-                reference = microbatch.predict(policy, "reference")
-            kl = recorded["kl_reference"] = microbatch.kl_per_dim(policy, prediction.velocity, reference.velocity)
+        if step.kl_reference is not None:
+            kl = recorded["kl_reference"] = step.kl_reference / num_dims
             loss = loss + self.kl_weight_at(experience.iteration) * kl
             maxima["policy/kl_reference"] = _max(kl, valid)
 
@@ -167,8 +178,3 @@ class GRPO:
 def _max(values: Tensor, valid: Tensor) -> Tensor:
     """Largest value of the valid samples, 0 without any."""
     return torch.where(valid, values.detach(), 0.0).max()
-
-
-def _relative_gap(first: Tensor, second: Tensor) -> Tensor:
-    """``||first - second|| / ||second||`` per sample, (B,)."""
-    return (first.detach() - second).flatten(1).norm(dim=1) / second.flatten(1).norm(dim=1).clamp(min=1e-12)

@@ -20,9 +20,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from visalign.algorithms.errors import Answer, Space, answer, mean_squared
+from visalign.algorithms.errors import Space, errors, residual
 from visalign.algorithms.noising import NOISE, TIME, Noised, Times, add_noise, draw_seeds, gaussian_noise
 from visalign.algorithms.pairing import Groups, Pairing
+from visalign.kernels.ask import outputs_at
+from visalign.kernels.backend import Backend
+from visalign.kernels.paired_error.reference import PairedErrors
+from visalign.maths.outputs import Outputs
 from visalign.maths.preference import BoundLoss, LossInput
 from visalign.maths.preference_safeguard import safeguard, scale_loser
 from visalign.maths.seeds import derive_seed
@@ -48,6 +52,16 @@ class Microbatch:
 
 
 @dataclass(frozen=True)
+class ErrorPass:
+    """What one micro-batch's error pass gave: the loss's ``inputs`` (P, K), and what they were made of, (P K, ...)."""
+
+    inputs: LossInput
+    noised: Noised
+    outputs: Outputs
+    pair: PairedErrors
+
+
+@dataclass(frozen=True)
 class PreferenceOptimisation:
     """``protocols.Algorithm``.
 
@@ -64,6 +78,7 @@ class PreferenceOptimisation:
         prompt_dropout: probability that a group is trained on the empty prompt, which guidance needs.
         user_dropout: probability that a group is trained for nobody, which keeps the population's taste (PPD, arXiv:2501.06655).
         invert: noise that leads back to a sample, in place of random noise (SmPO); ``None`` for random noise.
+        backend: of the operators, see `visalign.kernels`.
     """
 
     preference_loss: BoundLoss
@@ -79,6 +94,7 @@ class PreferenceOptimisation:
     prompt_dropout: float = 0.0
     user_dropout: float = 0.0
     invert: Invert | None = None
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         needs = self.preference_loss.needs
@@ -129,7 +145,7 @@ class PreferenceOptimisation:
         with torch.no_grad():
             for part in parts:
                 if self.needs_reference:
-                    inputs = self._inputs(policy, part)[0]
+                    inputs = self._errors(policy, part).inputs
                 else:  # of rewards alone, which need no network
                     inputs = LossInput(policy=torch.zeros_like(part.groups.reward), kappa=self.kappa, reward=part.groups.reward)
                 values = self.preference_loss.statistic(name, inputs)
@@ -139,40 +155,43 @@ class PreferenceOptimisation:
 
     def loss(self, policy: Policy, microbatch: Microbatch) -> LossTerms:
         """The groups' losses over the global number of groups and draws."""
-        inputs, answers, gap = self._inputs(policy, microbatch)
+        found = self._errors(policy, microbatch, watch=True)
+        inputs = found.inputs
         if self.safeguard is not None:
-            residual = (answers["policy"].output - answers["policy"].target).unflatten(0, tuple(microbatch.groups.rows.shape))
-            inputs = scale_loser(inputs, safeguard(residual[:, 0], residual[:, 1], self.safeguard))
+            missed = residual(policy, found.noised, found.outputs, self.space).unflatten(0, tuple(microbatch.groups.rows.shape))
+            inputs = scale_loser(inputs, safeguard(missed[:, 0], missed[:, 1], self.safeguard))
         values = self.preference_loss(inputs)
         if self.reference_weight > 0:
-            values = values + self.reference_weight * gap.reshape(inputs.policy.shape).mean(dim=1)
+            assert found.pair.gap is not None
+            values = values + self.reference_weight * found.pair.gap.reshape(inputs.policy.shape).mean(dim=1)
         metrics = {f"preference/{name}": (float(value.detach().double().sum()), float(value.numel()))
-                   for name, value in {"loss": values, **self._watched(inputs, answers)}.items()}
+                   for name, value in {"loss": values, **self._watched(inputs, found.pair)}.items()}
         maxima: dict[str, float] = {}
         if inputs.reference is not None:
             maxima["policy/error_gap"] = float((inputs.delta.detach().abs() / inputs.reference.clamp(min=1e-12)).max())
         return LossTerms(loss=values.sum() / microbatch.denominator, metrics=metrics, maxima=maxima)
 
-    def _inputs(self, policy: Policy, part: Microbatch) -> tuple[LossInput, dict[Role, Answer], Tensor]:
-        """The error pass: errors (P, K) of the roles the loss reads, the answers (P K, ...), and ``|f_policy - f_reference|^2``."""
+    def _errors(self, policy: Policy, part: Microbatch, watch: bool = False) -> ErrorPass:
+        """The error pass: every role that the loss reads answers about the same noised samples."""
         trajectory, (num, size), needs = part.experience.trajectory, part.groups.rows.shape, self.preference_loss.needs
         flat = part.groups.rows.flatten()
         conditioning = policy.encode(self._prompts(part, flat))
         noised = self._noised(policy, part, trajectory.x_final[flat].to(policy.device).float(), conditioning)
-        answers: dict[Role, Answer] = {"policy": answer(policy, noised, conditioning, "policy", self.space)}
+        outputs = outputs_at(policy, noised.x, noised.timesteps, conditioning)
+        reference = old = None
         with torch.no_grad():
             if self.needs_reference:
-                answers["reference"] = answer(policy, noised, conditioning, "reference", self.space)
+                reference = outputs_at(policy, noised.x, noised.timesteps, conditioning, "reference")
             if needs.old:
-                answers["old"] = answer(policy, noised, conditioning, "old", self.space)
-        errors = {role: found.error().reshape(num, size) for role, found in answers.items()}
-        gap = torch.zeros(num * size, device=policy.device)
-        if self.reference_weight > 0:
-            gap = mean_squared(answers["policy"].output, answers["reference"].output)
-        inputs = LossInput(policy=errors["policy"], kappa=self.kappa, reference=errors.get("reference"), old=errors.get("old"),
-                           reward=part.groups.reward.to(errors["policy"]), label=part.groups.label.to(errors["policy"]),
-                           weight=self._weights(part).to(errors["policy"]), statistics=part.statistics)
-        return inputs, answers, gap
+                answer = outputs_at(policy, noised.x, noised.timesteps, conditioning, "old")
+                old = errors(policy, noised, answer, space=self.space, backend=self.backend).policy.reshape(num, size)
+        pair = errors(policy, noised, outputs, reference, self.space, gap=self.reference_weight > 0,
+                      norms=watch and self.needs_reference, backend=self.backend)
+        own = pair.policy.reshape(num, size)
+        inputs = LossInput(policy=own, kappa=self.kappa, reference=None if pair.reference is None else pair.reference.reshape(num, size),
+                           old=old, reward=part.groups.reward.to(own), label=part.groups.label.to(own),
+                           weight=self._weights(part).to(own), statistics=part.statistics)
+        return ErrorPass(inputs, noised, outputs, pair)
 
     @staticmethod
     def _weights(part: Microbatch) -> Tensor:
@@ -211,7 +230,7 @@ class PreferenceOptimisation:
             prompts = [asking(prompt, None) if nobody[row // size] else prompt for row, prompt in enumerate(prompts)]
         return prompts
 
-    def _watched(self, inputs: LossInput, answers: dict[Role, Answer]) -> dict[str, Tensor]:
+    def _watched(self, inputs: LossInput, pair: PairedErrors) -> dict[str, Tensor]:
         """What tells a healthy run from a drifting one: both errors usually rise, the margin must."""
         kind, found = self.preference_loss.needs.group, dict[str, Tensor]()
         paired = kind in ("pair", "list")
@@ -222,8 +241,9 @@ class PreferenceOptimisation:
         if inputs.reference is not None:
             u = inputs.u
             found["implicit_reward"] = u
-            outputs = [answers[role].output.flatten(1).norm(dim=1) for role in ("policy", "reference")]
-            found["output_norm_ratio"] = outputs[0] / outputs[1].clamp(min=1e-12)
+            assert pair.norm_policy is not None
+            assert pair.norm_reference is not None
+            found["output_norm_ratio"] = pair.norm_policy / pair.norm_reference.clamp(min=1e-12)
             if paired:
                 margin: Tensor = u[:, 0] - u[:, -1]
                 found |= {"margin": margin, "accuracy": 0.5 * (margin.sign() + 1), "saturated": (torch.sigmoid(-margin) < 0.05).float()}

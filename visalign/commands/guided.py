@@ -11,7 +11,7 @@ from visalign.commands.pipelines import load_pipeline
 from visalign.protocols import DifferentiableReward
 from visalign.reward_entries import load, parse_reward
 from visalign.samplers.guidance import GuidanceReward, GuidedPolicy, MediaReward, Tilt
-from visalign.samplers.negative import give_negative, predict_against
+from visalign.samplers.negative import ask_against, give_negative
 from visalign.samplers.offsets import read_offset
 from visalign.samplers.policy import PipelinePolicy
 from visalign.samplers.reward_head import HeadReward, RewardHead, pooled_prompts
@@ -63,20 +63,20 @@ def guided_draw(model: str, dtype: str, device: str, adapter: Path | None, argum
     pipeline = load_pipeline(model, dtype, device, adapter if options.negative is None else None)
     rate = float(arguments.get("frame_rate") or arguments.get("fps") or 8.0)
     policy = PipelinePolicy(pipeline, arguments, rate=rate, probe=probe)
-    predict = None
+    ask = None
     if options.negative is not None:
         eta = None if adapter is None else read_offset(policy, _adapter(adapter))
         give_negative(policy, read_offset(policy, _adapter(options.negative)), eta,
                       a=1.0 if options.merge_alpha is None else options.merge_alpha,
                       b=1.0 if options.merge_beta is None else options.merge_beta)
-        predict = predict_against(policy)
+        ask = ask_against(policy)
     if adapter is not None and (adapter / SETTINGS).is_file():
         policy.roles.add_users(load_users(policy.denoisers, adapter))
     tilt = None
     if rewards:
         tilt = Tilt([(_guidance(name, policy, options), weight) for name, weight in rewards],
                     max_ratio=Tilt.max_ratio if options.max_ratio is None else options.max_ratio, skip_first=options.skip_first or 0)
-    guided = GuidedPolicy(policy, tilt, predict)
+    guided = GuidedPolicy(policy, tilt, ask)
 
     def draw(prompt: Prompt, seed: int) -> Media:
         return policy.decode(generate(guided, [prompt], [seed]), [prompt])[0]
