@@ -43,6 +43,7 @@ BUILTIN: dict[str, str] = {
     "simulator_stability": "visalign.rewards.stability:SimulatorStability [sim3d]",
     "temporal_consistency": "visalign.rewards.temporal:TemporalConsistency",
     "testpoint_judge": "visalign.rewards.judges.testpoints:TestpointJudge",
+    "trained": "visalign.rewards.trained:TrainedReward",
     "vendi": "visalign.rewards.distribution:VendiScore",
     "win_rate": "visalign.rewards.pairwise:WinRate",
 }

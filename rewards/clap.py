@@ -6,7 +6,7 @@
 The audio is averaged over channels, resampled (soxr) and cut into windows of the model's own length, so nothing is cropped at
 random: the feature extractors of transformers crop what is longer than a window, and mark a random clip as longer for the models
 with feature fusion. Everything is float32. The windows' embeddings are also features for distribution rewards
-(````encoders.Encoder````): ``encoder: {reward: clap, model: ...}``.
+(``encoders.Encoder``): ``encoder: {reward: clap, model: ...}``.
 
 Source: CLAP, arXiv:2211.06687.
 """
@@ -27,9 +27,9 @@ from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
 from visalign.maths.loudness import rms_dbfs
 from visalign.protocols import RewardSpec
 from visalign.rewards.dual_encoder import default_device
-from visalign.rewards.encoders import weights_hash
 from visalign.rewards.licences import licence_of
 from visalign.rewards.pretrained import pretrained, pretrained_model
+from visalign.rewards.weights import weights_hash
 from visalign.types import Media, MediaKind, Prompt, Scores
 
 MODEL = "laion/larger_clap_general"
@@ -112,17 +112,19 @@ class ClapScore:
         heard = [row for row, level in enumerate(levels) if level >= self.silence]
         answers: dict[int, float] = {}
         if heard:
-            audio = self._embed([media[row] for row in heard])
-            text = self._encode_text([prompts[row].text for row in heard])
-            for row, (windows, lengths), words in zip(heard, audio, text, strict=True):
-                mean = normalize((windows * lengths[:, None]).sum(dim=0), dim=0)
-                answers[row] = float((mean * words).sum())
+            audio = self.embed_audio([media[row] for row in heard])
+            text = self.embed_texts([prompts[row].text for row in heard])
+            answers = dict(zip(heard, (audio * text).sum(dim=1).tolist(), strict=True))
         values = [math.nan if math.isnan(level) else answers.get(row, self.silence_value) for row, level in enumerate(levels)]
         return Scores.from_values(values, details={"rms_dbfs": torch.tensor(levels, dtype=torch.float32)}, reason="silent")
 
+    def embed_audio(self, media: Sequence[Media]) -> Tensor:
+        """Unit embedding of each sample, its windows weighted by how much of each is sound, (n, d); gradients to the weights."""
+        return torch.stack([normalize((windows * lengths[:, None]).sum(dim=0), dim=0) for windows, lengths in self._embed(media)])
+
     @torch.no_grad()
     def encode(self, media: Sequence[Media]) -> list[Tensor]:
-        """Unit embeddings of each sample's windows, float64 (windows, d) on the CPU: ````encoders.Encoder````."""
+        """Unit embeddings of each sample's windows, float64 (windows, d) on the CPU: ``encoders.Encoder``."""
         return [windows.double().cpu() for windows, _ in self._embed(media)]
 
     def _embed(self, media: Sequence[Media]) -> list[tuple[Tensor, Tensor]]:
@@ -153,8 +155,8 @@ class ClapScore:
             pooled = self.model.audio_model(input_features=features.float().to(self.device), is_longer=never).pooler_output
             return normalize(self.model.audio_projection(pooled), dim=-1)
 
-    def _encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Unit embeddings, one row per text, each distinct text encoded once."""
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit embeddings, one row per text, each distinct text encoded once; gradients to the weights."""
         row = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         tokens = self.tokenizer(list(row), padding=True, return_tensors="pt").to(self.device)
         with torch.autocast(self.device.type, enabled=False):

@@ -68,7 +68,12 @@ class Preprocessing:
 
 
 class DualEncoder:
-    """Unit embeddings, float32 even inside a caller's autocast. Weights are frozen; gradients reach pixels only."""
+    """Unit embeddings, float32 even inside a caller's autocast. Weights are frozen; gradients reach pixels, and adapters in ``model``.
+
+    Attributes:
+        model, tokenizer, preprocess: as given.
+        device: where embeddings come from.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, preprocess: PreprocessCfg, *, name: str, batch_size: int = 64,
                  device: str | torch.device | None = None) -> None:
@@ -89,12 +94,17 @@ class DualEncoder:
         self.name = name
         self.batch_size = batch_size
         _check_tokenizer(tokenizer, name)
+        self.preprocess = preprocess
         self.preprocessing = Preprocessing(preprocess, name)
         self._warned = False
 
     @torch.no_grad()
     def images(self, images: Sequence[Tensor]) -> Tensor:
         """Embeddings of uint8 images (3, H, W) of any sizes, on the encoder's device, (n, d)."""
+        return self.embed_images(images)
+
+    def embed_images(self, images: Sequence[Tensor]) -> Tensor:
+        """``images`` with gradients to an adapter in the network."""
         return torch.cat([self.embed(torch.stack([self.preprocessing.of_image(image) for image in images[i:i + self.batch_size]]))
                           for i in range(0, len(images), self.batch_size)])
 
@@ -109,6 +119,10 @@ class DualEncoder:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Embeddings of the texts, one row each, every distinct text encoded once, (n, d)."""
+        return self.embed_texts(texts)
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """``texts`` with gradients to an adapter in the network."""
         row = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         self._warn_truncation(list(row))
         with torch.autocast(self.device.type, enabled=False):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from visalign.maths.mmd import median_distance
 from visalign.media import KIND, load_media
 from visalign.rewards.encoders import Encoder, sample_features
 from visalign.rewards.memory import Memory
+from visalign.tensorfile import read_tensors
 from visalign.types import Media
 
 Unit = Literal["sample", "frame"]
@@ -153,12 +153,7 @@ def read_exemplars(path: Path) -> Exemplars:
     """
     if not path.is_file():
         raise ValueError(f"reference '{path}': no such file or folder; give a folder of media, or statistics written by visalign exemplars")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no readable safetensors file ({error}); visalign exemplars writes one") from error
+    tensors, metadata = read_tensors(path)
     if metadata.get("format") not in (FORMAT, FORMER) or not {"mean", "covariance"} <= set(tensors):
         raise ValueError(f"{path} holds no exemplars (format {metadata.get('format')!r}, expected {FORMAT!r} or {FORMER!r}); "
                          "visalign exemplars writes them")

@@ -1,7 +1,8 @@
-"""Weight files of rewards: found on disk or on the hub, read without unpickling anything but tensors; chains of linear layers folded."""
+"""Weights of rewards: found on disk or on the hub, read without unpickling anything but tensors; hashed; chains of linear layers folded."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import pickle
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from visalign import tensorfile
 
 
 @contextmanager
@@ -77,9 +80,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, holds Python objects, which would run as code, or something that is not a tensor.
     """
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
+        return tensorfile.read_tensors(path)[0]
     try:
         with tensors_alone(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -132,3 +133,12 @@ def assert_affine(layers: Sequence[tuple[Tensor, Tensor]], weight: Tensor, bias:
     for layer_weight, layer_bias in layers:
         through = through @ layer_weight.T + layer_bias
     torch.testing.assert_close(probes @ weight + bias, through[:, 0], rtol=1e-9, atol=1e-9)
+
+
+def weights_hash(declared: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what is declared about preprocessing and of every tensor's name and bytes."""
+    digest = hashlib.sha256(declared.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -35,7 +35,7 @@ from visalign.types import Media, MediaKind
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "recipes.jsonl"
 CLASSES = {"sd15": "Stable Diffusion 1.5", "sdxl": "Stable Diffusion XL", "sd35": "Stable Diffusion 3", "flux": "Flux", "wan": "Wan 2.1",
            "stable": "Stable Audio"}
-RECIPES = tuple(name for name in recipe_names() if name != "quickstart" and not name.startswith("embedded_"))
+RECIPES = tuple(name for name in recipe_names("run") if name != "quickstart" and not name.startswith("embedded_"))
 PROMPTS = ("a red circle", "two blue squares", "a green triangle", "a small white square")
 TELLING = ("policy/ratio_deviation_first", "policy/output_gap_first", "train/grad_norm", "grpo/loss", "preference/loss", "nft/loss",
            "awm/loss", "self_npo/loss", "reward_gradient/loss")

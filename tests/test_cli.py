@@ -24,7 +24,8 @@ from visalign.quickstart import GUIDED, ROWS
 from visalign.quickstart import table as quickstart_table
 from visalign.types import Media, Prompt
 
-COMMANDS = ("train", "sample", "score", "eval", "pairs", "rewards", "inspect", "report", "env", "configs", "quickstart", "exemplars")
+COMMANDS = ("train", "sample", "score", "eval", "pairs", "rewards", "reward-train", "inspect", "report", "env", "configs", "quickstart",
+            "exemplars")
 
 
 def visalign(*words: str | Path) -> Result:
@@ -41,7 +42,8 @@ def test_help_lists_every_command_and_where_to_start() -> None:
     assert "visalign quickstart" in text
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "score", "eval", "rewards", "inspect", "configs", "quickstart", "exemplars"])
+@pytest.mark.parametrize("command", ["train", "sample", "score", "eval", "rewards", "reward-train", "inspect", "configs", "quickstart",
+                                     "exemplars"])
 def test_help_of_each_command_has_an_example_that_could_be_typed(command: str) -> None:
     result = visalign(command, "--help")
     assert result.exit_code == 0

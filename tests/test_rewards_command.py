@@ -41,7 +41,7 @@ def test_the_table_has_every_name_with_what_it_reads_and_needs():
     assert result.exit_code == 0, result.output
     assert all(re.search(rf"│ {name} ", result.output) for name in BUILTIN)
     assert re.search(r"│ clap +│ audio +│ samples │ Prompt-audio agreement of one CLAP model; needs visalign\[audio\] +│", result.output)
-    assert re.search(r"│ pairwise_judge +│ image, video │ pairs ", result.output)
+    assert re.search(r"│ pairwise_judge +│ image, video +│ pairs ", result.output)
     assert re.search(r"│ win_rate +│ any +│ groups ", result.output)
 
 

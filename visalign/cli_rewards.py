@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from visalign.cli_app import CallArguments, app
+from visalign.cli_app import CallArguments, Overrides, app
 
 
 @app.command(epilog="Examples:\n\n"
@@ -169,3 +169,18 @@ def exemplars(
     from visalign.commands import exemplars as command
 
     command.run(folder, encoder, out=out, unit=unit, num_features=features, seed=seed, modality=modality, batch=batch)
+
+
+@app.command(name="reward-train", epilog="Examples:\n\n"
+             "  visalign reward-train reward_embedded_clip --out runs/reward data.path=runs/pairs\n\n"
+             "  visalign reward-train my_reward.yaml noise=posterior ensemble.members=4 --out runs/reward\n\n"
+             "Then in any recipe: rewards: [{name: trained, params: {path: runs/reward}}]")
+def reward_train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name (visalign configs) or a YAML file with kind: reward.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The trained reward's folder; it appears when it is whole.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a reward from preferences; afterwards it is the reward `trained` of any recipe."""
+    from visalign.commands import reward_train as command
+
+    command.run(config, list(overrides or []), out=out)

@@ -495,10 +495,14 @@ class Config(Section):
         return trackers
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
+RecipeKind = Literal["run", "reward"]
+
+
+def recipe_names(kind: RecipeKind | None = None) -> list[str]:
+    """Names of the recipes shipped with the package: of runs, of rewards to train (their names begin with ``reward_``), or all."""
     folder = resources.files("visalign.configs")
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    names = sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return [name for name in names if kind is None or name.startswith("reward_") == (kind == "reward")]
 
 
 def read_source(name_or_path: str | Path) -> tuple[str, str]:
@@ -558,9 +562,11 @@ def load_config(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Conf
     """The run described by a YAML file or recipe with overrides applied.
 
     Raises:
-        ConfigError: no such file or recipe, not YAML, overrides that cannot be applied, or values that are wrong.
+        ConfigError: no such file or recipe, not YAML, a reward to train, overrides that cannot be applied, or values that are wrong.
     """
     data, source = read_data(name_or_path)
+    if data.get("kind") == "reward":
+        raise ConfigError([f"it describes a reward to train: visalign reward-train {name_or_path} --out DIR"], source)
     if overrides:
         source += " with " + " ".join(overrides)
     return make_config(apply_overrides(data, overrides), source)

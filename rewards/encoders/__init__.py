@@ -12,7 +12,6 @@ or any object with the attributes of ``Encoder``. Encoders of images read video 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import pkgutil
@@ -150,15 +149,6 @@ def _imported(path: str) -> Any:
 def sample_features(encoder: Encoder, media: Sequence[Media]) -> Tensor:
     """One row per sample, the mean over its frames or windows, float64 (n, d)."""
     return torch.stack([rows.mean(dim=0) for rows in encoder.encode(media)])
-
-
-def weights_hash(declared: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of what is declared about preprocessing and of every tensor's name and bytes."""
-    digest = hashlib.sha256(declared.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def by_shape(tensors: Sequence[Tensor], batch_size: int, function: Callable[[Tensor], Tensor]) -> list[Tensor]:

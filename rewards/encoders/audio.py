@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoFeatureExtractor
 
 from visalign.rewards.dual_encoder import default_device
-from visalign.rewards.encoders import by_shape, weights_hash
+from visalign.rewards.encoders import by_shape
 from visalign.rewards.encoders.pretrained import load_model
+from visalign.rewards.weights import weights_hash
 from visalign.types import Media, MediaKind
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from visalign.rewards.clip import ClipScore
-from visalign.rewards.encoders import ImageEncoder, weights_hash
+from visalign.rewards.encoders import ImageEncoder
+from visalign.rewards.weights import weights_hash
 
 
 class ClipEncoder(ImageEncoder):

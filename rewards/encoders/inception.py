@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from visalign.rewards.dual_encoder import default_device
-from visalign.rewards.encoders import ImageEncoder, by_shape, weights_hash
-from visalign.rewards.weights import read_tensors
+from visalign.rewards.encoders import ImageEncoder, by_shape
+from visalign.rewards.weights import read_tensors, weights_hash
 
 WEIGHTS = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from visalign.maths.calibration import bootstrap, calibration, fit_temperature, ranking_accuracy
+from visalign.maths.calibration import bootstrap, calibration, fit_temperature, log_loss, ranking_accuracy
 
 
 def tensor(*values):
@@ -113,3 +113,39 @@ class TestBootstrap:
     def test_bad_input(self, cluster, options):
         with pytest.raises(ValueError, match="at least two clusters"):
             bootstrap(lambda weight: 0.0, cluster, torch.Generator(), **options)
+
+
+class TestLogLoss:
+    def test_is_log_2_for_a_reward_that_says_nothing_and_counts_winners_alone(self):
+        assert log_loss(tensor(0.0, 0.0), torch.tensor([1, -1])) == pytest.approx(math.log(2))
+        expected = (math.log1p(math.exp(-2)) + math.log1p(math.exp(3))) / 2
+        assert log_loss(tensor(2.0, -3.0, 9.0), torch.tensor([1, 1, 0])) == pytest.approx(expected)
+
+    def test_weights_repeat_rows(self):
+        difference, label = judged(50)
+        weight = torch.arange(50) % 3
+        repeated = log_loss(difference.repeat_interleave(weight), label.repeat_interleave(weight))
+        assert log_loss(difference, label, weight) == pytest.approx(repeated)
+
+
+def test_reflection_takes_a_third_and_more_of_the_bias_of_a_calibration_error_out():
+    """A perfectly calibrated reward, whose bins hold noise alone: |N(0, 2 s^2)| is sqrt 2 times |N(0, s^2)|, so that 2 - sqrt 2 stay."""
+    reflected, plain = [], []
+    for seed in range(10):
+        difference, label = judged(300, seed=seed)
+        cluster, generator = torch.arange(300), torch.Generator().manual_seed(seed)
+        found = [bootstrap(lambda weight, d=difference, y=label: calibration(d, y, weight).error, cluster, generator, num_resamples=200,
+                           reflect=reflect) for reflect in (True, False)]
+        reflected.append(found[0])
+        plain.append(found[1])
+    assert sum(one.low > 0 for one in plain) == 10
+    assert all(one.low <= one.value <= one.high for one in reflected)
+    assert sum(one.value for one in reflected) / sum(one.value for one in plain) == pytest.approx(2 - 2**0.5, abs=0.15)
+
+
+def test_reflection_leaves_a_mean_where_it_is():
+    values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    cluster = torch.arange(200)
+    found = bootstrap(lambda weight: float((weight * values).sum() / weight.sum()), cluster, torch.Generator().manual_seed(0), reflect=True)
+    assert found.value == pytest.approx(float(values.mean()), abs=0.01)
+    assert found.low < float(values.mean()) < found.high

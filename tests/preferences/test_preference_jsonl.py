@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from tests.preferences.judged import pairs, picture, write
 from visalign.preferences import PreferenceError, load_preferences, write_jsonl
 from visalign.preferences.candidates import MediaFile, StoredLatent
+from visalign.preferences.ratings import aspect_values, rated_aspects
 
 
 @pytest.fixture
@@ -181,3 +182,21 @@ def test_writing_and_reading_gives_the_same_data_set(folder):
     again = load_preferences(folder / "again.jsonl")
     assert again.records == first.records
     assert "media" in json.loads((folder / "again.jsonl").read_text(encoding="utf-8").splitlines()[0])
+
+
+def test_rows_with_latents_and_media_are_read_as_what_is_asked_for(folder):
+    row = {"prompt": "x", "latents": "kept.safetensors", "rows": [3, 0], "media": ["a.png", "b.png"], "scores": [1, 0]}
+    kept = folder / "kept.safetensors"
+    assert load(folder, row).records[0].candidates == (StoredLatent(kept, 3), StoredLatent(kept, 0))
+    assert load(folder, row, content="media").records[0].candidates == (MediaFile(folder / "a.png"), MediaFile(folder / "b.png"))
+    alone = {key: value for key, value in row.items() if key != "media"}
+    assert isinstance(load(folder, alone, content="media").records[0].candidates[0], StoredLatent)
+
+
+def test_ratings_are_a_key_of_their_own_and_survive_a_round_trip(folder):
+    ratings = {"colour": [0.5, None], "shape": [1, 0]}
+    dataset = load(folder, {"prompt": "x", "media": ["a.png", "b.png"], "label": [1, 0], "ratings": ratings})
+    assert rated_aspects(dataset.records[0]) == ratings
+    assert aspect_values(dataset.records[0], "shape") == (1.0, 0.0)
+    write_jsonl(dataset, folder / "again.jsonl")
+    assert rated_aspects(load_preferences(folder / "again.jsonl").records[0]) == ratings

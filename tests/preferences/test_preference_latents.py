@@ -89,15 +89,16 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from tests.preferences.judged import Encoder
-from visalign.preferences import cached_latents, load_preferences, stored
+from visalign import tensorfile
+from visalign.preferences import cached_latents, load_preferences
 moment, path = sys.argv[1], Path(sys.argv[2])
 if moment == "writing":
-    save = stored.save_file
+    save = tensorfile.save_file
     def lethal(tensors, file, **rest):
         save(tensors, file, **rest)
         if len(list(path.parent.glob("cache/*/*.safetensors"))) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-    stored.save_file = lethal
+    tensorfile.save_file = lethal
 def progress(done, total):
     if moment == "between" and done == 4:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -99,7 +99,7 @@ def test_every_window_counts_by_its_length(clap):
     parts = [Media("audio", long.data[:, start:start + RATE], rate=RATE) for start in (0, RATE, 2 * RATE)]
     rows = torch.cat(clap.encode(parts))
     mean = (rows * torch.tensor([1, 1, 0.25])[:, None]).sum(0)
-    text = clap._encode_text([TEXTS[0]])[0].double()
+    text = clap.embed_texts([TEXTS[0]])[0].double()
     assert values(clap, [long]).raw.item() == pytest.approx(float(mean @ text / mean.norm()), abs=1e-5)
     torch.testing.assert_close(clap.encode([long])[0], rows, atol=1e-5, rtol=0)
 

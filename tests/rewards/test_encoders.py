@@ -11,8 +11,9 @@ from PIL import Image
 from tiny_clip import clip_folder
 
 from visalign.rewards.clip import ClipScore
-from visalign.rewards.encoders import Encoder, as_encoder, by_shape, weights_hash
+from visalign.rewards.encoders import Encoder, as_encoder, by_shape
 from visalign.rewards.encoders.function import FunctionEncoder
+from visalign.rewards.weights import weights_hash
 from visalign.types import Media
 
 

@@ -116,7 +116,7 @@ def test_bad_references(tmp_path):
     with pytest.raises(ValueError, match="holds 0 media files"):
         load_exemplars(tmp_path, encoder, "sample")
     (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(ValueError, match="no readable safetensors"):
+    with pytest.raises(ValueError, match="not a readable safetensors"):
         load_exemplars(tmp_path / "text.safetensors", encoder, "sample")
     save_file({"weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="holds no exemplars"):

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from visalign.config import load_config, read_source, recipe_names
+from visalign.reward_training.config import load_reward_config
 
 _STYLE = {"published weights": "green", "embedded world": "green", "tiny random weights": "yellow", "not yet run": "dim"}
 
@@ -16,11 +17,13 @@ def run(name: str | None) -> None:
         typer.echo(read_source(name)[0], nl=False)
         return
     table = Table(title="recipes",
-                  caption="visalign configs NAME prints one, with how it was verified; visalign train NAME --plan shows what it would do")
+                  caption="visalign configs NAME prints one, with how it was verified; visalign train NAME --plan shows what it would do; "
+                  "those named reward_ are for visalign reward-train")
     table.add_column("name", no_wrap=True)
     for heading in ("what", "source", "verified on"):
         table.add_column(heading, overflow="fold")
-    for recipe in recipe_names():
-        about = load_config(recipe).recipe
-        table.add_row(recipe, about.description, about.source, f"[{_STYLE[about.verification]}]{about.verification}[/]")
+    about = {name: load_config(name).recipe for name in recipe_names("run")} | {
+        name: load_reward_config(name).recipe for name in recipe_names("reward")}
+    for name, recipe in about.items():
+        table.add_row(name, recipe.description, recipe.source, f"[{_STYLE[recipe.verification]}]{recipe.verification}[/]")
     Console().print(table)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from visalign.maths.calibration import fit_temperature
+
 
 @dataclass(frozen=True)
 class Strength:
@@ -92,6 +94,54 @@ def label_posterior(difference: Tensor, flip_rate: float) -> Tensor:
         raise ValueError(f"flip_rate must lie in (0, 0.5), got {flip_rate}")
     odds = torch.tensor((1 - flip_rate) / flip_rate, dtype=difference.dtype)
     return torch.sigmoid(difference + odds.log())
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What explains labels of a model's differences best: ``P(label right) = (1 - q) p + q (1 - p)`` with ``p = sigmoid(d / T)``.
+
+    Attributes:
+        rate: q, the share of flipped labels.
+        temperature: T.
+        posterior: that each label is right, (n,).
+    """
+
+    rate: float
+    temperature: float
+    posterior: Tensor
+
+
+def fit_flips(difference: Tensor, rate: float | None = None, num_steps: int = 20_000) -> Flips:
+    """Flip rate and temperature by expectation maximisation: :func:`label_posterior`, then its mean's complement for q and one Newton step
+    towards the most likely temperature of labels with that posterior, in turn.
+
+    The differences must come from a model that did not learn from these very labels, or it explains the flipped ones as well.
+
+    Args:
+        difference: (n,); positive where the model agrees with the label.
+        rate: a known q, in [0, 0.5); ``None`` estimates it.
+        num_steps: at most; it ends before when q and T move by less than 1e-8 of themselves.
+    Raises:
+        ValueError: a rate out of range, or differences that are not finite, rank no better than chance, or agree with every label.
+    Source: Dempster, Laird & Rubin (1977) on the flip model of arXiv:2403.00409, with the temperature as a second unknown.
+    """
+    if rate is not None and not 0 <= rate < 0.5:
+        raise ValueError(f"flip_rate must lie in [0, 0.5), got {rate}; at 0.5 labels say nothing")
+    margin = difference.double()
+    scale = 1 / fit_temperature(margin, torch.ones(len(margin), dtype=torch.int64))
+    current = 0.2 if rate is None else rate
+    posterior = torch.ones_like(margin)
+    for _ in range(num_steps if rate != 0 else 0):
+        posterior, prob = label_posterior(scale * margin, current), torch.sigmoid(scale * margin)
+        if float((margin * (posterior - 0.5)).sum()) <= 0:
+            raise ValueError("differences and labels fit no flip rate below 0.5; the model ranks no better than chance")
+        newton = float((margin * (posterior - prob)).sum() / (margin.square() * prob * (1 - prob)).sum())
+        before = scale, current
+        scale = min(max(scale + newton, scale / 2), 2 * scale)
+        current = min(max(float(1 - posterior.mean()), 1e-6), 0.499) if rate is None else rate
+        if abs(scale / before[0] - 1) < 1e-8 and abs(current / before[1] - 1) < 1e-8:
+            break
+    return Flips(current, 1 / scale, posterior)
 
 
 def keep_fraction(progress: float, noise: float, warmup: float = 0.3) -> float:

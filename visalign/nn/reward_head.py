@@ -15,10 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d, silu
+
+from visalign.tensorfile import read_tensors
 
 _CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _POOL = {1: adaptive_avg_pool1d, 2: adaptive_avg_pool2d, 3: adaptive_avg_pool3d}
@@ -93,12 +94,7 @@ class RewardHead(nn.Module):
         Raises:
             ValueError: the file is missing or holds something else.
         """
-        try:
-            with safe_open(file, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        tensors, metadata = read_tensors(file)
         if "reward_head" not in metadata:
             raise ValueError(f"{file} holds no reward head; RewardHead.save writes one")
         head = cls(**json.loads(metadata["reward_head"]))

@@ -7,9 +7,11 @@
     {"prompt": "a red circle", "latents": "000012.safetensors", "rows": [3, 0], "scores": [0.7, 0.2]}   no encoder needed; or a
                                                                         list of files, with "rows" all 0 unless they are given
 
-``media`` may be images (png, jpg, webp, bmp), videos (mp4, mov, webm) or audio (wav, flac). Where both are given, ``latents`` are
-trained on and ``media`` are to look at. ``negative_prompt``, ``images`` (conditions) and ``metadata`` are those of prompt files; every
-further key becomes metadata of the prompt.
+    {"prompt": "a red circle", "media": ["a.png", "b.png"], "label": [1, 0], "ratings": {"colour": [0.9, 0.1], "shape": [null, 1]}}
+
+``media`` may be images (png, jpg, webp, bmp), videos (mp4, mov, webm) or audio (wav, flac). Where both are given, generators are
+trained on ``latents`` and rewards on ``media``. ``ratings`` hold a number or null per candidate for every aspect, see ``ratings``.
+``negative_prompt``, ``images`` (conditions) and ``metadata`` are those of prompt files; every further key becomes metadata of the prompt.
 """
 
 from __future__ import annotations
@@ -24,17 +26,17 @@ from visalign.data import prompt_from_row
 from visalign.preferences.candidates import Candidate, MediaFile, StoredLatent
 from visalign.preferences.content import KINDS
 from visalign.preferences.judgements import as_scores, scores_of_ranking
-from visalign.preferences.records import PreferenceDataset, PreferenceRecord, Problem, RowError
+from visalign.preferences.records import Content, PreferenceDataset, PreferenceRecord, Problem, RowError
 from visalign.resumable import write_lines
 from visalign.settings import did_you_mean
 from visalign.types import Prompt
 
 KEYS = ("media", "chosen", "rejected", "latents", "rows", "scores", "ranking", "label", "user", "weight")
 _JUDGEMENTS = ("scores", "ranking", "label")
-_PROMPT_KEYS = ("prompt", "text", "negative_prompt", "images", "metadata")
+_PROMPT_KEYS = ("prompt", "text", "negative_prompt", "images", "metadata", "ratings")
 
 
-def read_jsonl(path: Path, folder: Path | None = None) -> Iterator[PreferenceRecord | Problem]:
+def read_jsonl(path: Path, folder: Path | None = None, content: Content = "latents") -> Iterator[PreferenceRecord | Problem]:
     """Every non-empty line of a file as a record, or as what is wrong with it; rows count those lines from 0.
 
     Paths are relative to ``folder``, or to the file.
@@ -45,7 +47,7 @@ def read_jsonl(path: Path, folder: Path | None = None) -> Iterator[PreferenceRec
             if not raw.strip():
                 continue
             try:
-                yield parse_row(_object(raw, number), folder or path.parent, row)
+                yield parse_row(_object(raw, number), folder or path.parent, row, content)
             except RowError as error:
                 yield Problem(row, error.fault, f"(line {number}) {error}")
             row += 1
@@ -63,16 +65,19 @@ def _object(raw: bytes, number: int) -> Mapping[str, Any]:
     return value
 
 
-def parse_row(values: Mapping[str, Any], folder: Path, row: int) -> PreferenceRecord:
+def parse_row(values: Mapping[str, Any], folder: Path, row: int, content: Content = "latents") -> PreferenceRecord:
     """One object of our format as a record; every path is looked for.
 
+    Args:
+        content: what the candidates of a row with both are; rows with one of them give that one.
     Raises:
         RowError: what is wrong with it.
     """
     for key in values:
         if key not in (*KEYS, *_PROMPT_KEYS) and (suggestion := did_you_mean(str(key), KEYS)):
             raise RowError("format", f"unknown key '{key}'{suggestion} (put it under 'metadata' if it is meant)")
-    candidates = _latents(values, folder) if "latents" in values else _media(values, folder)
+    stored = "latents" in values and not (content == "media" and "media" in values)
+    candidates = _latents(values, folder) if stored else _media(values, folder)
     user, weight = values.get("user"), values.get("weight", 1.0)
     if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
         raise RowError("format", f"'weight' must be a number above 0, got {weight!r}")

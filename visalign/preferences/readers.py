@@ -21,7 +21,7 @@ from typing import Any
 from visalign.preferences.candidates import Candidate, MediaCell
 from visalign.preferences.jsonl import media_files, parse_prompt, parse_row, read_jsonl
 from visalign.preferences.layouts import FORMATS, Layout, sniff
-from visalign.preferences.records import Broken, PreferenceDataset, PreferenceRecord, Problem, RowError, Ties, collect
+from visalign.preferences.records import Broken, Content, PreferenceDataset, PreferenceRecord, Problem, RowError, Ties, collect
 
 INDEX = "preferences.jsonl"
 _READERS: Mapping[str, Callable[[Any, list[str]], Any]] = {
@@ -31,7 +31,8 @@ _READERS: Mapping[str, Callable[[Any, list[str]], Any]] = {
 
 
 def load_preferences(source: str | Path, *, format: str | None = None, ties: Ties = "error", broken: Broken = "error",
-                     folder: str | Path | None = None, split: str = "train", limit: int | None = None) -> PreferenceDataset:
+                     folder: str | Path | None = None, split: str = "train", limit: int | None = None,
+                     content: Content = "latents") -> PreferenceDataset:
     """All judgements of a source, in its order.
 
     Files are looked for and judgements checked; media are opened when their latents are made (``latents.cached_latents``).
@@ -43,6 +44,7 @@ def load_preferences(source: str | Path, *, format: str | None = None, ties: Tie
         folder: what media paths are relative to; ``None`` for the folder of the source.
         split: of a Hugging Face data set.
         limit: rows to read.
+        content: what rows of our format that hold both latents and media are read as; "media" to train a reward.
     Raises:
         PreferenceError: rows that cannot be used, all of them.
         ValueError: there is no such source, its layout is unknown, or no row can be used.
@@ -55,9 +57,9 @@ def load_preferences(source: str | Path, *, format: str | None = None, ties: Tie
     path = path / INDEX if (path / INDEX).is_file() else path
     base = Path(folder) if folder is not None else path.parent
     if path.suffix == ".jsonl" and path.is_file() and format in (None, "jsonl"):
-        rows = read_jsonl(path, base)
+        rows = read_jsonl(path, base, content)
     elif path.suffix in (".json", ".jsonl"):
-        rows = _from_objects(path, base, format)
+        rows = _from_objects(path, base, format, content)
     else:
         table = _open_table(str(source), path, split)
         rows = _from_table(table, str(source), Path(folder) if folder is not None else path, format)
@@ -65,7 +67,7 @@ def load_preferences(source: str | Path, *, format: str | None = None, ties: Tie
     return collect(str(source), taken, ties=ties, broken=broken)
 
 
-def _from_objects(path: Path, folder: Path, format: str | None) -> Iterator[PreferenceRecord | Problem]:
+def _from_objects(path: Path, folder: Path, format: str | None, content: Content) -> Iterator[PreferenceRecord | Problem]:
     """A JSON list of objects, or one object per line in a layout that is not ours."""
     if not path.is_file():
         raise ValueError(f"preferences '{path}': no such file (looked in {path.parent.resolve()})")
@@ -83,7 +85,7 @@ def _from_objects(path: Path, folder: Path, format: str | None) -> Iterator[Pref
     for number, values in enumerate(rows):
         try:
             if layout is None:
-                yield parse_row(values, folder, number)
+                yield parse_row(values, folder, number, content)
             else:
                 media = media_files(layout.media(values), folder)
                 yield _record(layout, values, media, folder, number)

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 Fault = Literal["tie", "missing file", "unreadable", "size", "empty prompt", "judgement", "candidates", "latents", "format"]
 Ties = Literal["error", "skip", "keep"]
 Broken = Literal["error", "skip"]
+Content = Literal["latents", "media"]
 _MAX_SHOWN = 20
 
 

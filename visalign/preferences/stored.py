@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from visalign.preferences.candidates import Candidate, StoredLatent
 from visalign.preferences.records import RowError
+from visalign.tensorfile import write_tensors
 
 NAME = "latents"
 
 
 def write_latents(path: Path, latents: Tensor, identity: str | None) -> None:
     """Latents (n, *latent_shape) as a file that is complete or not there; ``identity`` says which pipeline can use them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        save_file({NAME: latents.detach().float().cpu().contiguous().clone()}, partial,
-                  metadata=None if identity is None else {"identity": identity})
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_tensors(path, {NAME: latents.float()}, None if identity is None else {"identity": identity})
 
 
 def load_latents(candidates: Sequence[Candidate]) -> Tensor:

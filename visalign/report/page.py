@@ -16,9 +16,8 @@ from visalign.report.glossary import explain
 from visalign.report.guards import alarm_banner, guard_section
 from visalign.report.numbers import Compared, read_comparison, read_references
 from visalign.report.pictures import figure, latest_label, pairs
-from visalign.report.sections import chart, evaluation_line, grid, series
+from visalign.report.sections import chart, evaluation_line, grid, series, settings
 from visalign.tracking import read_metrics
-from visalign.versions import versions
 
 _SECTIONS = (
     ("Trust region", "How far one iteration's updates move the policy that made its samples.", ("grpo/", "policy/")),
@@ -169,9 +168,4 @@ def _lines(rows: Sequence[Mapping[str, float]], start: str, end: str, label: str
 
 
 def _settings(run: Path) -> str:
-    text = (run / "config.yaml").read_text(encoding="utf-8")
-    listed = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in versions().items())
-    return ("<h2>Settings</h2><p>The resolved configuration: <code>visalign train config.yaml</code> runs it again.</p>"
-            f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>"
-            f"<details><summary>versions of the machine that wrote this report</summary><table>{listed}</table></details>")
-
+    return settings((run / "config.yaml").read_text(encoding="utf-8"), "visalign train config.yaml")

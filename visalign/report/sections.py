@@ -1,4 +1,4 @@
-"""What the sections of a page are made of: curves out of the log, charts with a sentence, grids of charts."""
+"""What the sections of a page are made of: curves out of the log, charts with a sentence, grids of charts, settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from visalign.report.charts import Line, line_chart
+from visalign.versions import versions
 
 
 def series(rows: Sequence[Mapping[str, float]], name: str) -> tuple[list[float], list[float]]:
@@ -22,9 +23,9 @@ def evaluation_line(rows: Sequence[Mapping[str, float]], name: str) -> Line:
     return Line(name, x, y, low if band else None, high if band else None, points=True)
 
 
-def chart(title: str, lines: Sequence[Line], text: str) -> str:
+def chart(title: str, lines: Sequence[Line], text: str, x_label: str = "iteration") -> str:
     """A titled drawing; nothing where there is nothing to draw."""
-    drawing = line_chart(lines)
+    drawing = line_chart(lines, x_label)
     return f"<div class=chart><h3>{escape(title)}</h3><p>{escape(text)}</p>{drawing}</div>" if drawing else ""
 
 
@@ -33,3 +34,11 @@ def grid(title: str, text: str, charts: Sequence[str]) -> str:
     drawn = "".join(charts)
     about = f"<p>{escape(text)}</p>" if text else ""
     return f"<h2>{escape(title)}</h2>{about}<div class=charts>{drawn}</div>" if drawn else ""
+
+
+def settings(config: str, command: str) -> str:
+    """The configuration's text and the versions of this machine, folded."""
+    listed = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in versions().items())
+    return (f"<h2>Settings</h2><p>The resolved configuration: <code>{escape(command)}</code> runs it again.</p>"
+            f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>"
+            f"<details><summary>versions of the machine that wrote this report</summary><table>{listed}</table></details>")
