@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visalign.comparison import ask, ask_both_orders
+from visalign.compare.comparison import ask, ask_both_orders
 from visalign.maths.winrate import all_pairs, bradley_terry, cyclic_triads, d_regular, ring, win_rates
 from visalign.protocols import ALL_MEDIA, PairwiseReward, Reports, Reward, RewardSpec
 from visalign.types import Comparisons, Media, Prompt, Scores

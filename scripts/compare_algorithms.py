@@ -26,13 +26,13 @@ from typing import Any
 import torch
 
 from visalign import loop
-from visalign.bootstrap import bootstrap_gain, bootstrap_mean
 from visalign.build import build
 from visalign.commands import quiet_libraries
 from visalign.config import Config, load_config, resolve_path
 from visalign.data import load_prompts
 from visalign.distributed import Processes
 from visalign.evaluation import evaluate
+from visalign.maths.bootstrap import bootstrap_gain, bootstrap_mean
 from visalign.parts import Parts
 from visalign.plugins import load_reward
 from visalign.protocols import DifferentiableReward, Policy

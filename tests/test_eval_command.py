@@ -17,7 +17,7 @@ from tests.rewards.playground_judge import DIMENSIONS, pictures, testpoint_promp
 from tests.rewards.tiny_detector import make
 from tests.test_pairs_command import trained_adapter
 from visalign.cli import app
-from visalign.comparison_file import read_result
+from visalign.compare.comparison_file import read_result
 from visalign.config import dump_config, load_config
 from visalign.media import load_media, read_index
 
@@ -28,8 +28,8 @@ CLIP = "{name: clip, params: {model: playground:clip}}"
 JPEG = ("-r", "jpeg_compressibility")
 KILLED = """
 import os, signal, sys
-from visalign import pairing
 from visalign.cli import app
+from visalign.compare import pairing
 append, calls = pairing.append_index, []
 def third(*given):
     append(*given)

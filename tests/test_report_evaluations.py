@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 
 from tests.test_report import _Page, make_run
-from visalign.breakdown import Breakdown
 from visalign.commands.evaluate_table import tables
-from visalign.comparison import Contrast, Estimate, Wins
-from visalign.comparison_file import ComparisonResult, DimensionsResult, DiversityResult, RewardResult, Side, write_result
+from visalign.compare.breakdown import Breakdown
+from visalign.compare.comparison import Contrast, Estimate, Wins
+from visalign.compare.comparison_file import ComparisonResult, DimensionsResult, DiversityResult, RewardResult, Side, write_result
+from visalign.compare.set_contrast import SetContrast
 from visalign.media import save_samples
 from visalign.report import COMPARISONS, write_comparison_report, write_report
 from visalign.report.numbers import interval_text, mean_text
-from visalign.set_contrast import SetContrast
 from visalign.types import Media, Prompt
 
 

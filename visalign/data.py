@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from visalign import unigenbench
+from visalign.compare import unigenbench
 from visalign.config import DatasetConfig
 from visalign.settings import did_you_mean
 from visalign.types import Prompt

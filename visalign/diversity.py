@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from visalign.comparison import Contrast, contrast
+from visalign.compare.comparison import Contrast, contrast
+from visalign.compare.set_contrast import SetContrast, rows_of_clusters, set_contrast
 from visalign.maths.diversity import mean_distance, unit_rows, vendi_score
-from visalign.set_contrast import SetContrast, rows_of_clusters, set_contrast
 from visalign.types import Media
 
 SIDE = 64

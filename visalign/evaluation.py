@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.bootstrap import Interval, bootstrap_gain, bootstrap_mean
-from visalign.comparison import ask_both_orders
+from visalign.compare.comparison import ask_both_orders
 from visalign.distributed import Processes
 from visalign.guards.observe import observe
+from visalign.maths.bootstrap import Interval, bootstrap_gain, bootstrap_mean
 from visalign.maths.seeds import derive_seed
 from visalign.media import load_media, read_index, save_samples
 from visalign.protocols import AnyReward, LatentSource, PairwiseReward, Policy, Sampler, ValuesSets

@@ -17,7 +17,6 @@ from rich.table import Table
 from torch import Tensor
 
 from visalign import loop
-from visalign.bootstrap import bootstrap_gain, bootstrap_mean
 from visalign.build import build
 from visalign.commands import quiet_libraries
 from visalign.commands.train import default_folder, refuse_used_folder
@@ -25,6 +24,7 @@ from visalign.config import Config, load_config, resolve_path
 from visalign.distributed import Processes
 from visalign.diversity import pairwise_difference
 from visalign.evaluation import Evaluation, evaluate
+from visalign.maths.bootstrap import bootstrap_gain, bootstrap_mean
 from visalign.maths.seeds import derive_seed
 from visalign.progress import Bars
 from visalign.protocols import Policy, Sampler

@@ -8,7 +8,7 @@ import torch
 from tests.rewards.misbehaving_server import HANG, REFUSAL, MisbehavingServer, completion
 from tests.rewards.playground_judge import DIMENSIONS, testpoint_prompt, truth
 from visalign import playground
-from visalign.breakdown import JudgesPoints
+from visalign.compare.breakdown import JudgesPoints
 from visalign.plugins import load_reward
 from visalign.protocols import Reward
 from visalign.rewards.captions import CaptionVerifier

@@ -11,20 +11,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from visalign.breakdown import JudgesPoints, labels_of
 from visalign.commands import quiet_libraries
 from visalign.commands.evaluate_panel import build_panel, find_encoder, spread_of
 from visalign.commands.evaluate_sides import Candidate, Fixture, candidates, fixture, read_prompts, samples_of
 from visalign.commands.evaluate_table import tables
 from visalign.commands.models import is_run
 from visalign.commands.sample import parse_seeds
-from visalign.comparison_file import RESULT, ComparisonResult, Side, read_result, write_result
+from visalign.compare.breakdown import JudgesPoints, labels_of
+from visalign.compare.comparison_file import RESULT, ComparisonResult, Side, read_result, write_result
+from visalign.compare.measurement import Answers, Panel, ask
+from visalign.compare.summary import summarise
 from visalign.config import load_config
-from visalign.measurement import Answers, Panel, ask
 from visalign.media import Sample
 from visalign.report import COMPARISONS, write_comparison_report, write_report
 from visalign.rewards.detector import DetectedObjects
-from visalign.summary import summarise
 
 FEW_PROMPTS = 16
 

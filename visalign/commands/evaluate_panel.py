@@ -9,9 +9,9 @@ from PIL import Image
 from visalign.build import unique_names
 from visalign.commands.exemplars import parse_encoder
 from visalign.commands.score import parse_reward
+from visalign.compare.measurement import Panel, Spread
 from visalign.config import Config, GuardConfig, RewardConfig, resolve_path
 from visalign.diversity import DIFFERENCE, VENDI, pixel_rows
-from visalign.measurement import Panel, Spread
 from visalign.media import KIND, Sample
 from visalign.plugins import load_reward
 from visalign.protocols import PairwiseReward, Reward, SetReward

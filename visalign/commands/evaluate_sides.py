@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import track
 
 from visalign.commands.models import ModelSource, is_run, model_source, pipeline_draw
+from visalign.compare.pairing import Job, SampleFolder, chosen, jobs_in, jobs_of, matched, prompt_key, read_samples
 from visalign.config import Config, load_config
 from visalign.data import load_prompts
 from visalign.media import INDEX, Sample
-from visalign.pairing import Job, SampleFolder, chosen, jobs_in, jobs_of, matched, prompt_key, read_samples
 from visalign.types import Prompt
 
 DEFAULT_SEEDS = (0, 1, 2, 3)

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from rich.markup import escape
 from rich.table import Table
 
-from visalign.breakdown import Breakdown, primary_dimension
-from visalign.comparison import Contrast, Estimate, Wins
-from visalign.comparison_file import ComparisonResult, DimensionsResult, headline
+from visalign.compare.breakdown import Breakdown, primary_dimension
+from visalign.compare.comparison import Contrast, Estimate, Wins
+from visalign.compare.comparison_file import ComparisonResult, DimensionsResult, headline
+from visalign.compare.set_contrast import SetContrast
 from visalign.report.numbers import interval_text, mean_text
-from visalign.set_contrast import SetContrast
 
 
 def tables(result: ComparisonResult) -> Iterator[Table]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from visalign.bootstrap import bootstrap_mean
 from visalign.commands import quiet_libraries
 from visalign.config import GuardConfig, RewardConfig, load_config
 from visalign.data import load_prompts
+from visalign.maths.bootstrap import bootstrap_mean
 from visalign.media import INDEX, KIND, Sample, load_media, read_index
 from visalign.reward_entries import load, parse_reward, unique_names
 from visalign.scoring import admit, score

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from visalign.bootstrap import bootstrap_mean
-from visalign.comparison import outcomes
+from visalign.compare.comparison import outcomes
 from visalign.config import StoppingConfig
 from visalign.credit import RewardTerm
 from visalign.distributed import Processes
@@ -18,6 +17,7 @@ from visalign.evaluation import BANDWIDTH, Evaluation
 from visalign.guards.alarm import Alarm
 from visalign.guards.observe import group_diversity, observe
 from visalign.guards.rule import Fall, Look, Shift, Verdict, judge, shifts
+from visalign.maths.bootstrap import bootstrap_mean
 from visalign.parts import Parts
 from visalign.runfolder import AFTER, BEFORE, RunFolder, evaluation_label
 from visalign.types import Media

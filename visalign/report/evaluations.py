@@ -7,14 +7,14 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from visalign.breakdown import Breakdown, primary_dimension
-from visalign.comparison import Contrast, Estimate, Wins
-from visalign.comparison_file import RESULT, ComparisonResult, DimensionsResult, Side, headline, read_pairs, read_result
+from visalign.compare.breakdown import Breakdown, primary_dimension
+from visalign.compare.comparison import Contrast, Estimate, Wins
+from visalign.compare.comparison_file import RESULT, ComparisonResult, DimensionsResult, Side, headline, read_pairs, read_result
+from visalign.compare.set_contrast import SetContrast
 from visalign.media import Sample
 from visalign.report.document import REPORT, document
 from visalign.report.numbers import interval_text, mean_text
 from visalign.report.pictures import NUM_PAIRS, figure
-from visalign.set_contrast import SetContrast
 from visalign.types import Measurement, Prompt
 
 COMPARISONS = "comparisons"

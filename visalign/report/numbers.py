@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from visalign.comparison import Estimate
+from visalign.compare.comparison import Estimate
 
 
 def mean_text(one: Estimate, sign: str = "") -> str:

@@ -9,13 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from visalign.breakdown import Breakdown, JudgesPoints, by_dimension, by_key
-from visalign.comparison import Wins, contrast, wins_of_judge, wins_of_scores
-from visalign.comparison_file import ComparisonResult, DimensionsResult, DiversityResult, RewardResult, Side
+from visalign.compare.breakdown import Breakdown, JudgesPoints, by_dimension, by_key
+from visalign.compare.comparison import Wins, contrast, wins_of_judge, wins_of_scores
+from visalign.compare.comparison_file import ComparisonResult, DimensionsResult, DiversityResult, RewardResult, Side
+from visalign.compare.measurement import Answers, Panel
+from visalign.compare.set_contrast import SetContrast, compare_sets
 from visalign.diversity import across_prompts, within_prompts
-from visalign.measurement import Answers, Panel
 from visalign.protocols import Measures, SetReward, ValuesSets
-from visalign.set_contrast import SetContrast, compare_sets
 from visalign.types import Scores
 from visalign.versions import versions
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from visalign.bootstrap import bootstrap_gain, bootstrap_mean, half_samples
+from visalign.maths.bootstrap import bootstrap_gain, bootstrap_mean, half_samples
 from visalign.maths.confidence import student_quantile
 from visalign.maths.frechet import Gaussian, Moments, frechet_distance
 

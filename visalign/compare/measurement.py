@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from visalign import scoring
-from visalign.comparison import BothOrders, ask_both_orders, joined
+from visalign.compare.comparison import BothOrders, ask_both_orders, joined
+from visalign.compare.pairing import prompt_key
 from visalign.diversity import Measure
 from visalign.media import Sample, load_media
-from visalign.pairing import prompt_key
 from visalign.protocols import PairwiseReward, Reports, Reward, SetReward
 from visalign.tally import concatenate_scores
 from visalign.types import Media, Prompt, Scores

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visalign.bootstrap import Halved, half_samples
-from visalign.comparison import Contrast, Estimate
+from visalign.compare.comparison import Contrast, Estimate
+from visalign.maths.bootstrap import Halved, half_samples
 from visalign.maths.confidence import student_quantile
 from visalign.types import Measurement
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visalign.breakdown import by_dimension, by_key, primary_dimension
+from visalign.compare.breakdown import by_dimension, by_key, primary_dimension
 from visalign.types import Prompt, Scores
 
 NAN = float("nan")
@@ -44,7 +44,7 @@ def test_sides_that_are_equal_gain_exactly_nothing():
 
 
 def test_the_interval_of_a_row_that_holds_everything_is_that_of_the_mean():
-    from visalign.comparison import contrast
+    from visalign.compare.comparison import contrast
 
     base, model = torch.rand(2, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     clusters = torch.arange(10).repeat_interleave(3)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from visalign.breakdown import Breakdown
-from visalign.comparison import Contrast, Wins
+from visalign.compare.breakdown import Breakdown
+from visalign.compare.comparison import Contrast, Wins
+from visalign.compare.set_contrast import SetContrast
 from visalign.resumable import write_lines
-from visalign.set_contrast import SetContrast
 
 FORMAT = "visalign evaluation 1"
 RESULT, PAIRS = "evaluation.json", "pairs.jsonl"

@@ -6,8 +6,8 @@ import re
 import pytest
 import torch
 
+from visalign.compare.pairing import SETTINGS, Job, SampleFolder, chosen, jobs_in, jobs_of, matched, read_samples
 from visalign.media import INDEX, Sample, read_index, save_media, save_samples
-from visalign.pairing import SETTINGS, Job, SampleFolder, chosen, jobs_in, jobs_of, matched, read_samples
 from visalign.types import Media, Prompt
 
 A, B = Prompt("a"), Prompt("b", metadata={"tag": "colors"})

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from visalign.compare.set_contrast import compare_sets
 from visalign.maths.frechet import Gaussian, Moments, frechet_distance
-from visalign.set_contrast import compare_sets
 
 DIMS = 4
 REFERENCE = Gaussian(torch.zeros(DIMS, dtype=torch.float64), torch.eye(DIMS, dtype=torch.float64))

@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visalign import measurement
-from visalign.comparison_file import Side, headline, read_pairs, read_result, write_result
+from visalign.compare import measurement
+from visalign.compare.comparison_file import Side, headline, read_pairs, read_result, write_result
+from visalign.compare.measurement import Panel, Spread, ask
+from visalign.compare.summary import summarise
 from visalign.diversity import DIFFERENCE, pixel_rows
-from visalign.measurement import Panel, Spread, ask
 from visalign.media import read_index, save_samples
 from visalign.protocols import RewardSpec
 from visalign.rewards.function import FunctionReward
 from visalign.rewards.pairwise import BradleyTerry
-from visalign.summary import summarise
 from visalign.types import Measurement, Media, Prompt, Scores
 
 NUM_PROMPTS, NUM_SEEDS = 9, 3

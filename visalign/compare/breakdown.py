@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from visalign.bootstrap import cluster_sums, percentiles, resampled_sums
-from visalign.comparison import Contrast, Estimate
+from visalign.compare.comparison import Contrast, Estimate
+from visalign.maths.bootstrap import cluster_sums, percentiles, resampled_sums
 from visalign.types import Prompt, Scores
 
 

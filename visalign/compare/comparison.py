@@ -1,7 +1,7 @@
 """Two aligned sets of samples against each other: gains, win rates, tables; every number with a 95 % interval over prompts.
 
 Sample k of both sets has the same prompt and the same seed. Everything here works on scores, or asks a judge about given media; nothing is
-generated. Samples of one prompt share their entry in ``clusters`` and count as one unit of chance (``bootstrap``).
+generated. Samples of one prompt share their entry in ``clusters`` and count as one unit of chance (``maths.bootstrap``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from visalign.bootstrap import bootstrap_mean
+from visalign.maths.bootstrap import bootstrap_mean
 from visalign.maths.winrate import combine_orders
 from visalign.protocols import PairwiseReward
 from visalign.types import Comparisons, Media, Prompt, Scores

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visalign.comparison import ask_both_orders, contrast, estimate, joined, outcomes, wins_of_judge, wins_of_scores
+from visalign.compare.comparison import ask_both_orders, contrast, estimate, joined, outcomes, wins_of_judge, wins_of_scores
 from visalign.protocols import RewardSpec
 from visalign.rewards.function import FunctionReward
 from visalign.rewards.pairwise import BradleyTerry
