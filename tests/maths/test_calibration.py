@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from visalign.maths.calibration import bootstrap, calibration, fit_temperature, log_loss, ranking_accuracy
+from visalign.maths.bootstrap import bootstrap_statistic
+from visalign.maths.calibration import calibration, fit_temperature, log_loss, ranking_accuracy
 
 
 def tensor(*values):
@@ -82,7 +83,8 @@ class TestTemperature:
 class TestBootstrap:
     def test_the_interval_of_an_accuracy_has_the_binomial_width(self):
         difference, label = judged(500)
-        found = bootstrap(lambda weight: ranking_accuracy(difference, label, weight), torch.arange(500), torch.Generator().manual_seed(0))
+        found = bootstrap_statistic(lambda weight: ranking_accuracy(difference, label, weight), torch.arange(500),
+                                    torch.Generator().manual_seed(0))
         assert found.value == ranking_accuracy(difference, label)
         width = 2 * 1.96 * math.sqrt(found.value * (1 - found.value) / 500)
         assert found.high - found.low == pytest.approx(width, rel=0.15)
@@ -96,14 +98,14 @@ class TestBootstrap:
 
         def interval(cluster):
             generator = torch.Generator().manual_seed(1)
-            return bootstrap(lambda weight: ranking_accuracy(ones, right, weight), cluster, generator, num_resamples=600)
+            return bootstrap_statistic(lambda weight: ranking_accuracy(ones, right, weight), cluster, generator, num_resamples=600)
 
         together, apart = interval(prompt), interval(torch.arange(500))
         assert (together.high - together.low) / (apart.high - apart.low) == pytest.approx(5**0.5, rel=0.15)
 
     def test_any_statistic_of_weighted_rows(self):
         difference, label = judged(300)
-        found = bootstrap(lambda weight: calibration(difference, label, weight).error, torch.arange(300) // 3,
+        found = bootstrap_statistic(lambda weight: calibration(difference, label, weight).error, torch.arange(300) // 3,
                           torch.Generator().manual_seed(0), num_resamples=100)
         assert 0 <= found.low <= found.high <= 1
         assert found.value == calibration(difference, label).error
@@ -112,7 +114,7 @@ class TestBootstrap:
                                                       (torch.arange(3), {"num_resamples": 0}), (torch.arange(0), {})])
     def test_bad_input(self, cluster, options):
         with pytest.raises(ValueError, match="at least two clusters"):
-            bootstrap(lambda weight: 0.0, cluster, torch.Generator(), **options)
+            bootstrap_statistic(lambda weight: 0.0, cluster, torch.Generator(), **options)
 
 
 class TestLogLoss:
@@ -134,8 +136,8 @@ def test_reflection_takes_a_third_and_more_of_the_bias_of_a_calibration_error_ou
     for seed in range(10):
         difference, label = judged(300, seed=seed)
         cluster, generator = torch.arange(300), torch.Generator().manual_seed(seed)
-        found = [bootstrap(lambda weight, d=difference, y=label: calibration(d, y, weight).error, cluster, generator, num_resamples=200,
-                           reflect=reflect) for reflect in (True, False)]
+        found = [bootstrap_statistic(lambda weight, d=difference, y=label: calibration(d, y, weight).error, cluster, generator,
+                                     num_resamples=200, reflect=reflect) for reflect in (True, False)]
         reflected.append(found[0])
         plain.append(found[1])
     assert sum(one.low > 0 for one in plain) == 10
@@ -146,6 +148,7 @@ def test_reflection_takes_a_third_and_more_of_the_bias_of_a_calibration_error_ou
 def test_reflection_leaves_a_mean_where_it_is():
     values = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cluster = torch.arange(200)
-    found = bootstrap(lambda weight: float((weight * values).sum() / weight.sum()), cluster, torch.Generator().manual_seed(0), reflect=True)
+    found = bootstrap_statistic(lambda weight: float((weight * values).sum() / weight.sum()), cluster, torch.Generator().manual_seed(0),
+                                reflect=True)
     assert found.value == pytest.approx(float(values.mean()), abs=0.01)
     assert found.low < float(values.mean()) < found.high

@@ -1,18 +1,15 @@
-"""How good a reward model's preferences are: ranking accuracy, calibration error, temperature, each with an interval.
+"""How good a reward model's preferences are: ranking accuracy, calibration error, temperature.
 
 ``difference = r_first - r_second`` and ``label``: 1 the first is better, -1 the second, 0 a tie; swapping all pairs changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.functional import softplus
-
-Statistic = Callable[[Tensor], float]
 
 
 def ranking_accuracy(difference: Tensor, label: Tensor, weight: Tensor | None = None) -> float:
@@ -101,51 +98,6 @@ def fit_temperature(difference: Tensor, label: Tensor) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if slope(middle) > 0 else (low, middle)
     return 2 / (low + high)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic and its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-def bootstrap(statistic: Statistic, cluster: Tensor, generator: Generator, confidence: float = 0.95, num_resamples: int = 1000,
-              reflect: bool = False) -> Estimate:
-    """Interval of a statistic when whole clusters are drawn again with replacement: pairs of one prompt stay together.
-
-        bootstrap(lambda weight: ranking_accuracy(difference, label, weight), prompt, generator)
-
-    With s the statistic, s* those of the resamples and q their quantiles:
-
-        percentile   value s,                interval [q_low, q_high]
-        reflected    value 2 s - mean s*,    interval [2 s - q_high, 2 s - q_low]
-
-    Reflection is for statistics that chance moves one way, as it raises a calibration error: percentile intervals would count that bias
-    twice. It takes out what the resamples show of the bias, a third and more where the true error is 0.
-
-    Args:
-        statistic: of a weight per row, float64 (n,): how often the row was drawn.
-        cluster: int64 (n,); every row its own for independent rows.
-    Raises:
-        ValueError: fewer than two clusters, confidence outside (0, 1), or no resample.
-    Source: Efron & Tibshirani (1993), chapters 10 and 13.
-    """
-    row = cluster.unique(return_inverse=True)[1]
-    num = int(row.max()) + 1 if len(row) else 0
-    if num < 2 or not 0 < confidence < 1 or num_resamples < 1:
-        raise ValueError(f"a bootstrap needs at least two clusters, confidence in (0, 1) and num_resamples >= 1, got {num}, {confidence} "
-                         f"and {num_resamples}")
-    drawn = torch.randint(num, (num_resamples, num), generator=generator)
-    found = torch.tensor([statistic(torch.bincount(one, minlength=num).double()[row]) for one in drawn], dtype=torch.float64)
-    tail = (1 - confidence) / 2
-    low, high = found.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    value = statistic(torch.ones(len(row), dtype=torch.float64))
-    if reflect:
-        return Estimate(2 * value - float(found.mean()), 2 * value - high, 2 * value - low)
-    return Estimate(value, low, high)
 
 
 def _checked(difference: Tensor, label: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from visalign.maths.calibration import Calibration, bootstrap, calibration, fit_temperature, log_loss, ranking_accuracy
+from visalign.maths.bootstrap import bootstrap_statistic
+from visalign.maths.calibration import Calibration, calibration, fit_temperature, log_loss, ranking_accuracy
 from visalign.maths.reward_noise import fit_flips
 from visalign.reward_training.examples import Examples
 from visalign.reward_training.features import Embeddings
@@ -59,7 +60,7 @@ def judge(odds: Tensor, label: Tensor, cluster: Tensor, seed: int = 0) -> Judged
         "log_loss": lambda weight: log_loss(odds, label, weight),
     }
     generator = torch.Generator().manual_seed(seed)
-    found = {name: asdict(bootstrap(one, cluster, generator, num_resamples=NUM_RESAMPLES, reflect=name == "ece"))
+    found = {name: asdict(bootstrap_statistic(one, cluster, generator, num_resamples=NUM_RESAMPLES, reflect=name == "ece"))
              for name, one in statistics.items()}
     table = calibration(odds, label)
     found["ece"] = {key: max(0.0, value) for key, value in found["ece"].items()} | {"plain": table.error}
@@ -74,7 +75,7 @@ def gain_over(own: Tensor, odds: Tensor, label: Tensor, cluster: Tensor, seed: i
     def gain(weight: Tensor) -> float:
         return ranking_accuracy(odds, label, weight) - ranking_accuracy(own, label, weight)
 
-    return asdict(bootstrap(gain, cluster, torch.Generator().manual_seed(seed), num_resamples=NUM_RESAMPLES))
+    return asdict(bootstrap_statistic(gain, cluster, torch.Generator().manual_seed(seed), num_resamples=NUM_RESAMPLES))
 
 
 def temperature_of(odds: Tensor, label: Tensor, flip_rate: float) -> tuple[float, str]:
