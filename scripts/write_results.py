@@ -1,4 +1,4 @@
-"""Fill the results of the README and of docs/rewards.md from the rows in ``benchmarks/results``: numbers are generated, never typed.
+"""Fill the results of the README, docs/rewards.md and docs/guards.md from the rows in ``benchmarks/results``: generated, never typed.
 
 python -m scripts.write_results            rewrite the sections between the markers
 python -m scripts.write_results --check    exit non-zero if one is out of date
@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections import Counter
 
+from scripts.guard_tables import guard_sentence, guard_tables
 from scripts.results import ROOT, rows
 from scripts.reward_tables import reward_sentence, reward_tables
 
@@ -30,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    for name, section in (("README.md", readme()), ("docs/rewards.md", reward_tables())):
+    for name, section in (("README.md", readme()), ("docs/rewards.md", reward_tables()), ("docs/guards.md", guard_tables())):
         path = ROOT / name
         text = path.read_text(encoding="utf-8")
         before, rest = text.split(BEGIN)
@@ -44,7 +45,7 @@ def main() -> None:
 
 def readme() -> str:
     """The README's results as markdown."""
-    return "\n\n".join(part for part in (quickstart(), algorithms(), reward_sentence(), capture(), overhead()) if part)
+    return "\n\n".join(part for part in (quickstart(), algorithms(), reward_sentence(), guard_sentence(), capture(), overhead()) if part)
 
 
 def quickstart() -> str:

@@ -66,9 +66,19 @@ class RunFolder:
             rows = timings.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = 0 if saved is None else int(saved.state["iteration"]) + 1  # the row of the first evaluation precedes iteration 0
             timings.write_text("".join(rows[:kept]), encoding="utf-8")
+        if saved is not None and int(saved.state["iteration"]) < config.train.iterations:
+            self._reopen(int(saved.state["iteration"]))
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         self._trackers = open_trackers(config.tracking, self.path, config.model_dump(mode="json"))
         self._timings = JsonlTracker(timings)
+
+    def _reopen(self, iteration: int) -> None:
+        """A run that had come to its end goes on: its last evaluation becomes one among others, which later ones are compared with."""
+        kept = self.evaluation(evaluation_label(iteration))
+        if self.evaluation(AFTER).is_file() and not kept.is_file() and not self.stopping.is_file():
+            if self.samples(AFTER).is_dir():
+                self.samples(AFTER).replace(self.samples(evaluation_label(iteration)))
+            self.evaluation(AFTER).replace(kept)
 
     def log(self, iteration: int, metrics: Mapping[str, float], timings: Mapping[str, float]) -> None:
         """One row in every tracker, and one of wall-clock numbers beside them."""

@@ -231,3 +231,15 @@ def test_a_set_is_watched_as_a_whole(tmp_path):
         if "eval/value" in row:
             assert row["eval/spread"] > 0
             assert "eval/spread_low" not in row
+
+
+def test_a_finished_run_that_goes_on_remembers_the_evaluation_it_had_ended_with(run, tmp_path):
+    whole, _ = run
+    told = Alarm.read(whole / "stopping.json")
+    hacked(tmp_path / "run", f"train.iterations={told.best}")
+    assert not (tmp_path / "run" / "evaluations" / f"iteration-{told.best:06d}.json").exists()  # it is called "after"
+    hacked(tmp_path / "run", resume=True)
+    assert Alarm.read(tmp_path / "run" / "stopping.json") == told
+    files = {path.name: path.read_bytes() for path in (whole / "evaluations").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "evaluations").iterdir()} == files
+    assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {path.name for path in (whole / "samples").iterdir()}

@@ -1,0 +1,84 @@
+"""What guards and other rewards do against over-optimisation, as markdown: docs/guards.md and a sentence of the README."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from scripts.results import rows
+
+Run = list[dict[str, Any]]
+ORDER = ("clip", "clip, PAR", "clip, win rates", "ensemble, UWO", "one member")
+
+
+def guard_runs() -> dict[str, dict[int, Run]]:
+    """Evaluations by arm and seed, in the order of iterations; of rows made twice, the last."""
+    last = {(row["arm"], row["seed"], row["iteration"]): row for row in rows("overoptimisation")}
+    found: dict[str, dict[int, Run]] = {}
+    for (arm, seed, _), row in sorted(last.items(), key=lambda item: item[0]):
+        found.setdefault(arm, {}).setdefault(seed, []).append(row)
+    return found
+
+
+def peak(run: Run) -> dict[str, Any]:
+    """The evaluation of highest gold."""
+    return max(run, key=lambda row: row["gold"][1])
+
+
+def lost(run: Run) -> float:
+    """How far gold stands below its peak at the end, in points."""
+    return 100 * float(peak(run)["gold"][1] - run[-1]["gold"][1])
+
+
+def guard_tables() -> str:
+    """The tables of docs/guards.md."""
+    found = guard_runs()
+    if not found:
+        return ""
+    return "\n\n".join([*_stopped(found), *_arms(found)])
+
+
+def _stopped(found: dict[str, dict[int, Run]]) -> list[str]:
+    lines = ["| seed | gold at the start | at its peak | where the guard ends the run | lost | unguarded, to the end: lowest | last |",
+             "|---|---|---|---|---|---|---|"]
+    for seed, run in found.get("guarded", {}).items():
+        top, end, free = peak(run), run[-1], found["clip"][seed]
+        when = f"{end['gold'][1]:.3f} (iteration {end['iteration']})" if end["stopped"] is not None else "never"
+        later = [row for row in free if row["iteration"] >= peak(free)["iteration"]]
+        low = min(later, key=lambda row: row["gold"][1])
+        lines.append(f"| {seed} | {run[0]['gold'][1]:.3f} | {top['gold'][1]:.3f} (iteration {top['iteration']}) | {when} | {lost(run):.1f} "
+                     f"points | {low['gold'][1]:.3f} (iteration {low['iteration']}) | {free[-1]['gold'][1]:.3f} "
+                     f"(iteration {free[-1]['iteration']}) |")
+    return ["**The guard**, 512 held-out prompts, an evaluation every 4 iterations; the result of a guarded run is its peak's checkpoint",
+            "\n".join(lines)] if len(lines) > 2 else []
+
+
+def _arms(found: dict[str, dict[int, Run]]) -> list[str]:
+    shortest = min(run[-1]["iteration"] for arm in ORDER if arm in found for run in found[arm].values())
+    lines = ["| trained on | gold, start | peak | last | lost | strict, last | CLIP, last | KL per dimension, last |",
+             "|---|---|---|---|---|---|---|---|"]
+    for arm in ORDER:
+        runs = [[row for row in run if row["iteration"] <= shortest] for run in found.get(arm, {}).values()]
+        if runs:
+            lines.append(f"| {arm} | {_mean(runs, lambda run: run[0]['gold'][1])} | {_mean(runs, lambda run: peak(run)['gold'][1])} | "
+                         f"{_mean(runs, lambda run: run[-1]['gold'][1])} | {_mean(runs, lost, 1)} | "
+                         f"{_mean(runs, lambda run: run[-1]['strict'])} | {_mean(runs, lambda run: run[-1]['proxy'])} | "
+                         f"{_mean(runs, lambda run: run[-1]['kl_per_dim'], 2)} |")
+    return [f"**What is trained on**, the same {shortest} iterations, no run ended; mean and single seeds", "\n".join(lines)]
+
+
+def _mean(runs: list[Run], number: Any, digits: int = 3) -> str:
+    values = [number(run) for run in runs]
+    single = f" ({', '.join(f'{value:.{digits}f}' for value in values)})" if len(values) > 1 else " (one seed)"
+    return f"{sum(values) / len(values):.{digits}f}{single}"
+
+
+def guard_sentence() -> str:
+    """For the README."""
+    runs = guard_runs().get("guarded", {})
+    if not runs:
+        return ""
+    stopped = [run for run in runs.values() if run[-1]["stopped"] is not None]
+    return (f"**Guards on the embedded world**, GRPO that pushes the proxy CLIP too hard, {len(runs)} seeds "
+            f"([curves and what else helps](docs/guards.md), `python benchmarks/overoptimisation.py`): the guard ended {len(stopped)} of "
+            f"{len(runs)} runs, with gold {', '.join(f'{lost(run):.1f}' for run in stopped)} points below its peak, whose checkpoint is "
+            "the result.")
