@@ -9,6 +9,7 @@ import argparse
 import os
 import random
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def kill_at(moment: str, count: int) -> None:
         return original(*args, **kwargs)
 
     setattr(owner, name, lethal)
+
+
+def go_until_killed(run_dir: Path, moment: str, count: int, message: Path) -> None:
+    """A new run that kills this process at a moment; if it does not come to that, ``message`` says why."""
+    torch.set_num_threads(1)
+    kill_at(moment, count)
+    try:
+        go(run_dir, config(), reward=drawn)
+        message.write_text(f"the run came to its end before the moment '{moment}' came {count} times")
+    except BaseException:
+        message.write_text(traceback.format_exc())
+        raise
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -194,17 +195,19 @@ def assert_same_run(one, two):
 
 
 def killed_run(folder, moment, count):
-    """Run in a child process until it kills itself with SIGKILL."""
-    child = os.fork()
-    if child == 0:
-        try:
-            gaussian_run.kill_at(moment, count)
-            gaussian_run.go(folder, gaussian_run.config(), reward=gaussian_run.drawn)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    """Run in a child process until it kills itself with SIGKILL; if something else ends it, the assertion's message says what.
+
+    Not in a fork of this process: autograd refuses to work in the fork of a process in which it has threads, and it has them wherever
+    there is a GPU, or where its first backward pass came after torch had pretended one (FakeTensorMode: ``torch.compile``, ``opcheck``).
+    The children are forks of a server that only imports.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([gaussian_run.__name__])
+    message = folder.with_name("child.txt")
+    child = context.Process(target=gaussian_run.go_until_killed, args=(folder, moment, count, message))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, message.read_text() if message.exists() else f"ended with {child.exitcode}, without a word"
 
 
 FILES = 5  # hashed per checkpoint: weights, optimizer, ema, rng, state

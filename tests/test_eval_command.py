@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -205,7 +206,10 @@ def test_a_side_against_itself_ties_without_width_or_nan(folders: tuple[Path, Pa
 
 
 def test_a_judge_over_http_is_asked_in_both_orders(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    """One judge compares brightness, one always says the first, one answers in one order only."""
+    """One judge compares brightness, one always says the first, one answers in one order only.
+
+    The first two are asked two of their questions again, which is all they are asked twice and tells that they repeat themselves.
+    """
     def brighter(request: dict) -> str:
         first, second = (float(one.float().mean()) for one in pictures(request))
         return "Both images are equally good." if first == second else f"Image {1 if first > second else 2} is better."
@@ -216,15 +220,23 @@ def test_a_judge_over_http_is_asked_in_both_orders(folders: tuple[Path, Path], t
     base, model = folders
     means = [[float(load_media(one.file).data.float().mean()) for one in read_index(folder)] for folder in (base, model)]
     wins = sum(b < m for b, m in zip(*means, strict=True))
-    for name, rule in (("brighter", brighter), ("first", lambda _: "Image 1 is better."), ("half", half)):
+    shown = [[load_media(one.file).data.numpy().tobytes() for one in read_index(folder)] for folder in (base, model)]
+    both_orders = Counter([*zip(*shown, strict=True), *zip(*reversed(shown), strict=True)])
+    for name, rule, params, again in (("brighter", brighter, "", 2), ("first", lambda _: "Image 1 is better.", "rechecks: 2, ", 2),
+                                      ("half", half, "rechecks: 0, ", 0)):
         with MisbehavingServer([rule]) as server:
-            judge = f"{{name: pairwise_judge, params: {{repairs: 0, backend: {{base_urls: '{server.url}', model: m, retries: 0}}}}}}"
-            evaluated(model, "--against", base, "--judge", judge, "--out", tmp_path / name)
-        assert len(server.requests) == 12
+            backend = f"{{base_urls: '{server.url}', model: m, retries: 0}}"
+            evaluated(model, "--against", base, "--judge",
+                      f"{{name: pairwise_judge, params: {{repairs: 0, {params}backend: {backend}}}}}", "--out", tmp_path / name)
+        asked = [tuple(one.numpy().tobytes() for one in pictures(request)) for request in server.requests]
+        assert Counter(asked[:12]) == both_orders
+        assert len(asked[12:]) == again
+        assert all(request in server.requests[:12] for request in server.requests[12:])
     found = {name: read_result(tmp_path / name).wins["pairwise_judge"] for name in ("brighter", "first", "half")}
     assert (found["brighter"].wins, found["brighter"].losses) == (wins, 6 - wins)
     assert (found["brighter"].order_agreement, found["brighter"].swap_inconsistency) == (1.0, 0.0)
     assert (found["first"].ties, found["first"].order_agreement, found["first"].swap_inconsistency) == (6, 0.0, 1.0)
+    assert (found["brighter"].self_agreement, found["first"].self_agreement, found["half"].self_agreement) == (1.0, 1.0, None)
     assert found["half"].rate is None
     assert found["half"].invalid == {"parse": 6}
 

@@ -13,6 +13,16 @@ from pathlib import Path
 
 import pytest
 
+PATIENCE = 900  # seconds; a server is up in 6, and in minutes where the machine is busy
+
+
+def _healthy(port: int) -> bool:
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
+    except OSError:
+        return False
+    return True
+
 
 @contextlib.contextmanager
 def serving(folder: str, log: Path) -> Iterator[str]:
@@ -26,11 +36,10 @@ def serving(folder: str, log: Path) -> Iterator[str]:
                "--device", "cpu"]
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out) as process:
         try:
-            for _ in range(240):
+            deadline = time.monotonic() + PATIENCE
+            while not _healthy(port):
                 assert process.poll() is None, log.read_text()
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
-                    break
+                assert time.monotonic() < deadline, f"not healthy after {PATIENCE} s:\n{log.read_text()}"
                 time.sleep(0.5)
             yield f"http://127.0.0.1:{port}/v1"
         finally:

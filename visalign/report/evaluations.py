@@ -107,7 +107,7 @@ def _judges(result: ComparisonResult) -> str:
         lines.append(_row([escape(name), _rate(wins), f"{wins.wins} / {wins.ties} / {wins.losses}", _number(wins.preference),
                            _share(wins.order_agreement), _share(wins.swap_inconsistency), invalid]))
         if wins.self_agreement is not None:
-            lines.append(_row([f"repeats itself in {wins.self_agreement:.1%} of answers", *[""] * 6], part=True))
+            lines.append(_row([f"repeats itself in {wins.self_agreement:.1%} of the answers asked for twice", *[""] * 6], part=True))
     return _titled("Judges", "Every pair is shown in both orders. A judge that prefers one position has no opinion: its pair is a tie. "
                    "Pairs that were not answered in both orders are left out and counted.",
                    ("judge", "win rate", "won / tied / lost", "mean preference", "orders agree", "swap inconsistency", "invalid"), lines)
