@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import pickle
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,13 +65,28 @@ def tensors_alone(path: str | Path) -> Iterator[None]:
     """Around a ``torch.load`` with ``weights_only``: what it refuses is one message of ours.
 
     Raises:
-        ValueError: the checkpoint holds Python objects, which would run as code.
+        ValueError: the checkpoint holds Python objects, which would run as code; or the file is none (a web page, a Git LFS pointer).
     """
     try:
         yield
     except pickle.UnpicklingError as error:
+        if (what := _no_checkpoint(Path(path))) is not None:
+            raise ValueError(f"{path} is no torch checkpoint: {what}") from error
         raise ValueError(f"{path} holds more than tensors, and loading it could run code; convert it where you trust it: "
                          "safetensors.torch.save_file(torch.load(FILE, weights_only=False), 'weights.safetensors')") from error
+
+
+def _no_checkpoint(path: Path) -> str | None:
+    """What a file is that no version of torch wrote; ``None`` for a zip archive, a pickle, or where there is no such file to look at."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch what it stands for with git lfs pull"
+    if start.startswith((b"PK\x03\x04", b"\x80")):  # a zip archive; a pickle of protocol 2 or later
+        return None
+    return f"it begins with {start[:24]!r}; download it again"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -84,7 +100,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with tensors_alone(path):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, RuntimeError) as error:
+    except (EOFError, RuntimeError, IndexError, struct.error) as error:  # the last two: a pickle that ends in the middle of a number
         raise ValueError(f"{path} is no torch checkpoint ({error or 'it is empty or cut off'}); copy it again") from error
     content = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -259,6 +259,46 @@ def test_score_refuses_prompts_and_pictures_by_the_rewards_name(tmp_path: Path) 
     assert "while reward 'jpeg_compressibility' was made" in one_line(unmade.stderr)
 
 
+def test_a_reward_of_sets_has_one_number_for_the_folder_and_none_for_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    for k, image in enumerate(images):
+        save_media(Media("image", image), tmp_path / f"{k}")
+    (tmp_path / "colour_of_sets.py").write_text(
+        "import torch\nfrom visalign.protocols import RewardSpec\n"
+        "def mean_colour(media):\n    return torch.stack([one.data.double().mean(dim=(1, 2)) for one in media])\n"
+        "class CreditAlone:\n"
+        "    spec = RewardSpec(name='alone', arity='set')\n"
+        "    def features(self, media, prompts):\n        return mean_colour(media)\n"
+        "    def credit(self, features, group_id):\n        return features[:, 0]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    vendi = "{name: vendi, params: {encoder: 'colour_of_sets:mean_colour'}}"
+    result = visalign("score", tmp_path, "-r", vendi)
+    assert result.exit_code == 0, result.stderr
+    unit = torch.nn.functional.normalize(images.double().mean(dim=(2, 3)), dim=1)
+    share = torch.linalg.eigvalsh(unit @ unit.T / 4).clamp(min=1e-300)
+    expected = f"{float(torch.exp(-(share * share.log()).sum())):.4g}"
+    assert re.search(rf"vendi\W+{re.escape(expected)}\W+of the whole set\W+4/4", one_line(result.output))
+    assert not (tmp_path / "scores.jsonl").exists()
+    assert visalign("score", tmp_path, "-r", vendi, "-r", "jpeg_compressibility").exit_code == 0
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [row.keys() for row in rows] == [{"file", "prompt", "seed", "jpeg_compressibility"}] * 4
+    alone = visalign("score", tmp_path, "-r", "colour_of_sets:CreditAlone", "--out", tmp_path / "alone.jsonl")
+    assert alone.exit_code == 1
+    assert "judges whole sets" in one_line(alone.stderr)
+    assert not (tmp_path / "alone.jsonl").exists()
+
+
+def test_score_says_where_prompts_can_come_from(tmp_path: Path) -> None:
+    save_media(Media("image", torch.zeros(3, 32, 32, dtype=torch.uint8)), tmp_path / "a")
+    refused = visalign("score", tmp_path, "-r", "captions")
+    assert refused.exit_code == 1
+    assert "captions reads prompts" in one_line(refused.stderr)
+    assert "--prompts FILE" in one_line(refused.stderr)
+    (tmp_path / "a.txt").write_text("a red circle")
+    assert visalign("score", tmp_path, "-r", "captions").exit_code == 0
+
+
 def test_scores_of_other_rewards_are_not_lost_and_out_may_be_in_a_new_folder(tmp_path: Path) -> None:
     save_samples(tmp_path, [Media("image", torch.zeros(3, 8, 8, dtype=torch.uint8))], [Prompt("a")], [0])
     (tmp_path / "mine.py").write_text("def one(media, prompts):\n    return [1.0 for _ in media]\n")

@@ -160,6 +160,17 @@ def test_results_that_would_be_lost_and_samples_of_other_settings_are_refused(ru
     assert "samples of other settings (call: " in one_line(other.stderr)
 
 
+def test_a_comparison_of_other_sides_is_not_replaced(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = folders
+    evaluated(first, "--against", second, *JPEG, "--out", tmp_path)
+    kept = (tmp_path / "evaluation.json").read_bytes()
+    lost = visalign("eval", second, "--against", first, *JPEG, "--out", tmp_path)
+    assert lost.exit_code == 1
+    assert f"compares {first} with {second}; give this comparison another --out" in one_line(lost.stderr)
+    assert (tmp_path / "evaluation.json").read_bytes() == kept
+    evaluated(first, "--against", second, *JPEG, "--out", tmp_path)
+
+
 def test_folders_of_samples_are_compared_as_they_are(folders: tuple[Path, Path], against_base: Path, tmp_path: Path) -> None:
     base, model = folders
     shown = evaluated(model, "--against", base, "-r", "captions", "--out", tmp_path)

@@ -16,10 +16,13 @@ from typing import Any, Literal
 
 from visalign.rewards.judges.question import Verdict
 
-NUMBER = r"([-+]?\d+(?:\.\d+)?)(?![\d.]*\d|[-–]\d)"  # whole, and no range such as 1-5
+# Whole, and neither a range (1-5, 1 to 5) nor the beginning of another number (1e3, 5%).
+NUMBER = r"([-+]?\d+(?:\.\d+)?)(?![\d.]*\d|[-–]\d|\s+to\s+\d|e[-+]?\d|\s*%)"
+_OUT_OF = r"(?:\s*(?:/|out of)\s*(\d+(?:\.\d+)?))?"
 _QUOTATION = re.compile(r"<caption>.*?</caption>|\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|`[^`\n]*`|(?<![\w'])'[^'\n]*'(?!\w)",
                         re.DOTALL | re.IGNORECASE)
 _REFUSAL = re.compile(r"^\W*(i(?:'m| am) sorry|sorry,|i can(?:'t|not) |i(?:'m| am) (?:not able|unable) to |i won't )", re.IGNORECASE)
+_DENIED = re.compile(r"\b(?:neither|nor|not|never|cannot|whether|if)\b|n['’]t\b", re.IGNORECASE)
 _TIE_WORDS = re.compile(r"\b(tie|tied|equal|equally|both|neither|draw|same)\b", re.IGNORECASE)
 
 
@@ -50,14 +53,24 @@ def unit(score: float, low: float, high: float) -> float | None:
 def better(text: str, noun: str) -> Verdict | None:
     """ "Image 1 is better" (1), "Image 2 is better" (0) or "Both images are equally good" (0.5), in the judge's own words.
 
-    Where several are said, the last line that says one decides, if it says only one.
+    Where several are said, the last line that says one decides, if it says only one. A clause that denies or doubts ("neither Image 1
+    nor Image 2 is better") and a question say none, and neither does their line.
     """
     found = re.compile(rf"\b{noun}\s*([12])\s+is\s+(?:the\s+)?better\b|\b(both {noun}s are equally good)\b", re.IGNORECASE)
     for line in reversed(own_words(text).splitlines()):
-        said = {match[1] or "tie" for match in found.finditer(line)}
+        matches = list(found.finditer(line))
+        said = {match[1] or "tie" for match in matches}
         if said:
-            return Verdict({"1": 1.0, "2": 0.0, "tie": 0.5}[said.pop()]) if len(said) == 1 else None
+            plain = len(said) == 1 and not any(_denied(line, match) for match in matches)
+            return Verdict({"1": 1.0, "2": 0.0, "tie": 0.5}[said.pop()]) if plain else None
     return None
+
+
+def _denied(line: str, match: re.Match[str]) -> bool:
+    """Whether the clause before a match takes it back, or its sentence is a question."""
+    clause = re.split(r"[.;:!?,]", line[:match.start()])[-1]
+    ending = re.search(r"[.!?]", line[match.end():])
+    return bool(_DENIED.search(clause)) or (ending is not None and ending[0] == "?")
 
 
 def tagged_better(text: str, noun: str) -> Verdict | None:
@@ -70,8 +83,8 @@ def tagged_better(text: str, noun: str) -> Verdict | None:
 
 
 def final_score(text: str, low: float, high: float) -> Verdict | None:
-    """``Final Score: x`` or ``x/high``; several must agree, and another scale (8/10 of 5) is none."""
-    said = set(re.findall(rf"Final Score\s*:?\s*[\[(]?\s*{NUMBER}(?:\s*/\s*(\d+))?", own_words(text), re.IGNORECASE))
+    """``Final Score: x``, ``x/high`` or ``x out of high``; several must agree, and another scale (8/10 of 5) is none."""
+    said = set(re.findall(rf"Final Score\s*:?\s*[\[(]?\s*{NUMBER}{_OUT_OF}", own_words(text), re.IGNORECASE))
     scores = {float(score) for score, _ in said}
     one_scale = all(not scale or float(scale) == high for _, scale in said)
     value = unit(next(iter(scores)), low, high) if len(scores) == 1 and one_scale else None
@@ -79,14 +92,16 @@ def final_score(text: str, low: float, high: float) -> Verdict | None:
 
 
 def axis_scores(text: str, axes: Sequence[str], low: float, high: float) -> Verdict | None:
-    """Lines ``Axis Score (1-5): x``, one for every axis; the value is the mean over all axes, each mapped to [0, 1]."""
+    """Lines ``Axis Score (1-5): x``, one for every axis; the value is the mean over all axes, each mapped to [0, 1]. Another scale, as
+    ``(1-10)`` or ``x/10``, is none."""
     words, details = own_words(text), {}
     for axis in axes:
-        said = {float(value) for value in re.findall(rf"\b{axis}\s+Score\s*(?:\(\s*[\d.]+\s*-\s*[\d.]+\s*\))?\s*:\s*{NUMBER}", words,
-                                                     re.IGNORECASE)}
-        if len(said) != 1:
+        said = set(re.findall(rf"\b{axis}\s+Score\s*(?:\(\s*[\d.]+\s*-\s*([\d.]+)\s*\))?\s*:\s*{NUMBER}{_OUT_OF}", words, re.IGNORECASE))
+        scores = {float(value) for _, value, _ in said}
+        scales = {scale for label, _, out_of in said for scale in (label, out_of) if scale}
+        if len(scores) != 1 or not scales <= {f"{high:g}", f"{high:.1f}"}:
             return None
-        details[axis.lower()] = said.pop()
+        details[axis.lower()] = scores.pop()
     values = [unit(score, low, high) for score in details.values()]
     known = [value for value in values if value is not None]
     return Verdict(sum(known) / len(known), details) if len(known) == len(axes) else None

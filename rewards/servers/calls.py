@@ -71,12 +71,12 @@ class Calls:
 
     def __init__(self, urls: Sequence[str], *, concurrency: int, timeout: float, batch_timeout: float, retries: int, pause: float,
                  headers: Mapping[str, str] | None = None, name: str = "servers") -> None:
-        for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
+        for argument, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if value < least:
-                raise ValueError(f"{name} {value} must be at least {least}")
-        for name, seconds in (("timeout", timeout), ("batch_timeout", batch_timeout), ("pause", pause)):
+                raise ValueError(f"{argument} {value} must be at least {least}")
+        for argument, seconds in (("timeout", timeout), ("batch_timeout", batch_timeout), ("pause", pause)):
             if not seconds > 0:
-                raise ValueError(f"{name} {seconds} must be above 0 seconds")
+                raise ValueError(f"{argument} {seconds} must be above 0 seconds")
         self.concurrency, self.timeout, self.batch_timeout = concurrency, timeout, batch_timeout
         self.retries, self.pause = retries, pause
         self.headers, self.name = dict(headers or {}), name

@@ -17,6 +17,7 @@ from visalign.reward_models.stored import FILE, load_reward_file
 from visalign.reward_training.config import RewardTrainingConfig, load_reward_config
 from visalign.reward_training.fit import Fitting
 from visalign.reward_training.parts import build_parts
+from visalign.reward_training.splitting import split_prompts
 from visalign.reward_training.train import train_reward
 from visalign.rewards.feature_encoders import load_encoder
 from visalign.settings import ConfigError
@@ -124,6 +125,7 @@ class TestKill:
 import os, signal, sys
 from pathlib import Path
 from visalign.reward_training.config import load_reward_config
+from visalign.reward_training.splitting import split_prompts
 from visalign.reward_training.train import train_reward
 from visalign.rewards.feature_encoders import load_encoder
 settings = load_reward_config(sys.argv[1])
@@ -215,6 +217,24 @@ class TestObjectives:
         assert evaluation["members"][0]["temperature"] == 1
         assert "ranked right" in evaluation["members"][0]["note"]
         assert evaluation["heldout"]["accuracy"]["value"] == 1
+
+
+@pytest.mark.parametrize("which", ["label", "gold"])
+def test_too_few_held_out_prompts_are_refused_before_anything_is_trained(which, cache, tmp_path):
+    path = colour_pairs(tmp_path / "data", num=24, num_prompts=4 if which == "label" else 12)
+    if which == "gold":  # the second opinion prefers something on one held-out prompt alone
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        keys = [f"{('red', 'green', 'blue')[k % 3]} number {k}" for k in range(12)]
+        heldout = [key for key, part in zip(keys, split_prompts(keys, 0.3, 0.2, 0).tolist(), strict=True) if part == 2]
+        for row in rows:
+            if row["prompt"] != heldout[0]:
+                row["ratings"]["gold"] = [0.5, 0.5]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trained = []
+    with pytest.raises(ValueError, match=r"of 1 prompts; an interval over prompts needs two of them: raise data\.heldout"):
+        train(config(path, cache), tmp_path / "reward", lambda what, done, total: trained.append(what))
+    assert set(trained) <= {"embeddings"}
+    assert not list(tmp_path.glob(".reward*"))
 
 
 def test_flipped_labels_are_found_and_the_second_opinion_tells(cache, tmp_path):

@@ -109,6 +109,32 @@ def test_a_checkpoint_that_would_run_code_is_refused_unread(tmp_path, capsys):
         read_tensors(tmp_path / "list.pth")
 
 
+@pytest.mark.parametrize("old_format", [False, True])
+def test_a_checkpoint_that_is_empty_or_cut_off_is_to_be_copied_again(tmp_path, head, old_format):
+    torch.save(head.state_dict(), tmp_path / "whole.pth", _use_new_zipfile_serialization=not old_format)
+    whole = (tmp_path / "whole.pth").read_bytes()
+    assert read_tensors(tmp_path / "whole.pth").keys() == head.state_dict().keys()
+    for length in (0, 1, 3, 5, 19, 60, len(whole) // 2, len(whole) - 3):
+        (tmp_path / "cut.pth").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"cut\.pth is no torch checkpoint") as caught:
+            read_tensors(tmp_path / "cut.pth")
+        assert "run code" not in str(caught.value)
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.safetensors is not a readable safetensors file"):
+        read_tensors(tmp_path / "empty.safetensors")
+
+
+@pytest.mark.parametrize(("content", "what"), [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "it is a Git LFS pointer; fetch .* git lfs pull"),
+    (b"<!DOCTYPE html><html>Not found</html>", "it begins with b'<!DOCTYPE html>.*; download it again"),
+    (bytes(100), "it begins with .*; download it again")])
+def test_a_file_that_torch_never_wrote_is_not_to_be_unpickled_in_trust(tmp_path, content, what):
+    (tmp_path / "other.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"other\.pth is no torch checkpoint: {what}") as caught:
+        read_tensors(tmp_path / "other.pth")
+    assert "weights_only=False" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("tensors", "problem"), [
     ({"weight": torch.zeros(1, 4)}, r"expected linear layers layers\.0\.weight.*the file has weight"),
     ({"layers.0.weight": torch.zeros(1, 4)}, r"lacks layers\.0\.bias"),

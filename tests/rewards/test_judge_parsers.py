@@ -29,6 +29,35 @@ def test_pair(text, expected):
     assert read("unified_reward_pair", text) == expected
 
 
+@pytest.mark.parametrize("text", [
+    "Neither Image 1 nor Image 2 is better.", "I don't think Image 1 is better than Image 2.", "I don’t think Image 2 is better.",
+    "It is not the case that Image 1 is better.", "Is it clear that Image 1 is better?", "I cannot say whether Image 2 is better.",
+    "Image 1 is better if the caption is ignored. I doubt if Image 1 is better."])
+def test_a_denied_or_doubted_verdict_is_none(text):
+    assert parsers.better(text, "image") is None
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("Image 1 is not better. Image 2 is better.", 0.0), ("While Image 2 is not bad, Image 1 is better.", 1.0),
+    ("Which one is better?\nImage 2 is better.", 0.0), ("Is it close? No: Image 1 is better.", 1.0)])
+def test_a_denial_of_something_else_leaves_the_verdict(text, value):
+    assert parsers.better(text, "image").value == value
+
+
+@pytest.mark.parametrize("said", ["4 out of 10", "4/10", "1 to 5", "4e0", "80%", "5%", "3-4"])
+def test_another_scale_or_no_whole_number_is_no_score(said):
+    assert parsers.final_score(f"Final Score: {said}", 1, 5) is None
+    axes = "Alignment Score (1-5): {}\nStyle Score (1-5): 3"
+    assert parsers.axis_scores(axes.format(said), ("Alignment", "Style"), 1, 5) is None
+    assert parsers.axis_scores(axes.replace("1-5", "1-10").format(4), ("Alignment", "Style"), 1, 5) is None
+
+
+@pytest.mark.parametrize("said", ["4", "4/5", "4 out of 5", "4.0/5.0", "4 of all points"])
+def test_the_same_scale_may_be_named(said):
+    assert parsers.final_score(f"Final Score: {said}", 1, 5).value == 0.75
+    assert parsers.axis_scores(f"Alignment Score (1-5): {said}\nStyle Score: 2", ("Alignment", "Style"), 1, 5).value == 0.5
+
+
 @pytest.mark.parametrize("order", ["Image 1 is better", "Image 2 is better"])
 @pytest.mark.parametrize("quote", ['"{}"', "“{}”", "'{}'", "<caption>{}</caption>", "`{}`", '"a sign: {}. Answer that!"'])
 def test_a_quoted_caption_is_no_verdict(order, quote):

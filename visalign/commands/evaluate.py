@@ -43,7 +43,7 @@ def run(model: str, call: list[str], *, against: str | None, adapter: Path | Non
                          "put the result inside it, or choose another folder")
     quiet_libraries()
     panel = build_panel(rewards, judges, settings)
-    refuse_other_results(folder, [*panel.rewards, *panel.judges])
+    refuse_other_results(folder, (first.name, second.name), [*panel.rewards, *panel.judges])
     panel.admit(shared.prompts)
     for key in by:
         labels_of(key, shared.prompts)  # complains before anything is drawn
@@ -124,8 +124,8 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")[-80:] or "evaluation"
 
 
-def refuse_other_results(folder: Path, names: Sequence[str]) -> None:
-    """A result is only replaced by one of the same rewards and judges, or more.
+def refuse_other_results(folder: Path, sides: tuple[str, str], names: Sequence[str]) -> None:
+    """A result is only replaced by one of the same two sides and the same rewards and judges, or more.
 
     Raises:
         ValueError: it holds some that this command would not make again.
@@ -133,6 +133,9 @@ def refuse_other_results(folder: Path, names: Sequence[str]) -> None:
     if not (folder / RESULT).is_file():
         return
     held = read_result(folder)
+    if sides != (held.model.name, held.base.name):
+        raise ValueError(f"{folder / RESULT} compares {held.model.name} with {held.base.name}; give this comparison another --out, or "
+                         "remove the file")
     if lost := {*held.rewards, *held.wins, *held.sets} - set(names):
         raise ValueError(f"{folder / RESULT} holds {', '.join(sorted(lost))}, which this command would not make again; name them too, give "
                          "another --out, or remove the file")

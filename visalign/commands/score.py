@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +15,7 @@ from visalign.config import GuardConfig, RewardConfig, load_config
 from visalign.data import load_prompts
 from visalign.maths.bootstrap import bootstrap_mean
 from visalign.media import INDEX, KIND, Sample, load_media, read_index
+from visalign.protocols import Measures, Reward, SetReward, ValuesSets
 from visalign.reward_entries import load, parse_reward, unique_names
 from visalign.scoring import admit, score
 from visalign.types import Prompt, Scores
@@ -35,6 +36,7 @@ def run(folder: Path, rewards: list[str], *, config: str | None, source: str | N
         refuse_other_scores(path, named)
     path.parent.mkdir(parents=True, exist_ok=True)
     loaded_rewards = {name: load(entry) for name, entry in named.items()}
+    refuse_unknown_prompts(loaded_rewards, samples)
     admit(loaded_rewards, [sample.prompt for sample in samples])
     media = [load_media(sample.file) for sample in samples]
     # Samples of one prompt are a group: rewards that compare need to know.
@@ -42,10 +44,31 @@ def run(folder: Path, rewards: list[str], *, config: str | None, source: str | N
     keys = [json.dumps([sample.prompt.text, dict(sample.prompt.metadata)], sort_keys=True, default=str) for sample in samples]
     group_id = [groups.setdefault(key, len(groups)) for key in keys]
     scores = score(loaded_rewards, media, [sample.prompt for sample in samples], group_id)
-    write_scores(path, samples, scores)
+    sets = {name: of_set(name, loaded_rewards[name], one) for name, one in scores.items() if one.features is not None}
+    alone = {name: one for name, one in scores.items() if name not in sets}
+    if alone:
+        write_scores(path, samples, alone)
     console = Console()
-    console.print(table(scores, num_prompts=len(groups)))
-    console.print(f"per-sample scores: {path}", highlight=False)
+    console.print(table(scores, sets, num_prompts=len(groups)))
+    if alone:
+        console.print(f"per-sample scores: {path}", highlight=False)
+
+
+def of_set(name: str, reward: Reward | SetReward, answer: Scores) -> dict[str, float]:
+    """What a set-level reward says of all samples together, larger is better, and its metric on the published scale.
+
+    Raises:
+        ValueError: it gives no value of a set, or fewer than two samples have features.
+    """
+    if not isinstance(reward, ValuesSets):
+        raise ValueError(f"'{name}' judges whole sets and says nothing but which samples of a run to keep; list it in the run itself")
+    assert answer.features is not None, "scoring gives the features of a set-level reward"
+    features = answer.features[answer.valid]
+    if len(features) < 2:
+        raise ValueError(f"'{name}' judges whole sets, and {len(features)} of {len(answer.valid)} samples have features; it needs at least "
+                         "two")
+    measured = reward.measure(features) if isinstance(reward, Measures) else ()
+    return {name: reward.value(features), **{f"  {one.name}": one.value for one in measured}}
 
 
 def refuse_other_scores(path: Path, rewards: Collection[str]) -> None:
@@ -63,6 +86,19 @@ def refuse_other_scores(path: Path, rewards: Collection[str]) -> None:
     if lost := held - set(rewards):
         raise ValueError(f"{path} holds scores of {', '.join(sorted(lost))}, which this command would not make again; "
                          f"give --out {path.with_name('scores-' + '-'.join(rewards) + '.jsonl')}, or remove it")
+
+
+def refuse_unknown_prompts(rewards: Mapping[str, Reward | SetReward], samples: Sequence[Sample]) -> None:
+    """Files whose prompts nobody knows can only be scored by rewards that read none.
+
+    Raises:
+        ValueError: says which reward reads them, and where prompts can come from.
+    """
+    reading = [name for name, reward in rewards.items() if "prompt" in reward.spec.requires]
+    if reading and not any(sample.prompt.text for sample in samples):
+        first = samples[0].file
+        raise ValueError(f"{reading[0]} reads prompts, and nobody knows those of the files in {first.parent}: give --prompts FILE with one "
+                         f"per file, in the order of file names, or put each in a .txt file beside it ({first.with_suffix('.txt').name})")
 
 
 def find_samples(folder: Path, source: str | None) -> list[Sample]:
@@ -108,13 +144,18 @@ def write_scores(path: Path, samples: Sequence[Sample], scores: dict[str, Scores
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-def table(scores: dict[str, Scores], num_prompts: int) -> Table:
-    """Mean with its 95 % bootstrap interval, range and validity per reward, and the mean of each detail."""
+def table(scores: dict[str, Scores], sets: Mapping[str, Mapping[str, float]], num_prompts: int) -> Table:
+    """Mean with its 95 % bootstrap interval, range and validity per reward, and the mean of each detail; one number for all samples where
+    a reward judges sets."""
     count = len(next(iter(scores.values())).valid)
     shown = Table(title=f"{count} samples of {num_prompts} prompt{'s' if num_prompts > 1 else ''}", title_justify="left")
     for heading in ("reward", "mean", "95 % interval", "min", "max", "valid"):
         shown.add_column(heading, justify="left" if heading == "reward" else "right")
     for name, answer in scores.items():
+        if name in sets:
+            for label, value in sets[name].items():
+                shown.add_row(label, f"{value:.4g}", "of the whole set", "", "", f"{int(answer.valid.sum())}/{count}")
+            continue
         if not answer.valid.any():
             shown.add_row(name, "-", "-", "-", "-", f"0/{count} ({answer.reasons[0]})")
             continue

@@ -42,18 +42,30 @@ class Judged:
                 "reliability": [{"confidence": stated, "accuracy": found, "count": int(count)} for stated, found, count in rows if count]}
 
 
+def check_prompts(label: Tensor, cluster: Tensor, what: str = "heldout") -> int:
+    """How many prompts have a judgement with a winner.
+
+    Raises:
+        ValueError: fewer than two.
+    """
+    decided = label != 0
+    num_prompts = len(cluster[decided].unique())
+    if num_prompts < 2:
+        gold = what != "heldout"
+        kind = f"judgements on which {what} has a winner" if gold else "judgements with a winner"
+        raise ValueError(f"{int(decided.sum())} held-out {kind}, of {num_prompts} prompts; an interval over prompts needs two of them: "
+                         f"raise data.heldout, or give more judgements{f', or leave out data.{what}' if gold else ''}")
+    return num_prompts
+
+
 def judge(odds: Tensor, label: Tensor, cluster: Tensor, seed: int = 0) -> Judged:
     """Statistics of log-odds (n,) against labels (n,).
 
     Raises:
         ValueError: fewer than two prompts have a judgement with a winner.
     """
-    decided = label != 0
+    num_prompts, decided = check_prompts(label, cluster), label != 0
     odds, label, cluster = odds[decided], label[decided], cluster[decided]
-    num_prompts = len(cluster.unique())
-    if num_prompts < 2:
-        raise ValueError(f"{len(label)} judgements with a winner, of {num_prompts} held-out prompts; an interval over prompts needs two of "
-                         "them: raise data.heldout, or give more judgements")
     statistics = {
         "accuracy": lambda weight: ranking_accuracy(odds, label, weight),
         "ece": lambda weight: calibration(odds, label, weight).error,

@@ -27,7 +27,7 @@ from visalign.reward_models.encoder import AdaptableEncoder, FeatureEncoder
 from visalign.reward_models.heads import Shape
 from visalign.reward_models.stored import StoredReward
 from visalign.reward_training.config import RewardTrainingConfig
-from visalign.reward_training.evaluation import encoder_odds, finite, gain_over, judge, temperature_of
+from visalign.reward_training.evaluation import check_prompts, encoder_odds, finite, gain_over, judge, temperature_of
 from visalign.reward_training.examples import Corpus, Examples, build_corpus
 from visalign.reward_training.features import Embeddings, embed
 from visalign.reward_training.fit import Fitting, Member, Rows
@@ -65,6 +65,8 @@ def train_reward(config: RewardTrainingConfig, encoder: FeatureEncoder, folder: 
     corpus, embeddings = embed(encoder, corpus, cache, batch=config.features.batch, broken=data.broken,
                                progress=lambda done, total: progress("embeddings", done, total))
     judgements = split(config, corpus, parts.objective.lists)
+    for what, label in _labels(judgements.heldout).items():  # before hours of training, not after
+        check_prompts(label, judgements.heldout.cluster, what)
     fitting = _fitting(config, parts, encoder, corpus, embeddings, judgements)
     work = WorkFolder(folder, config, corpus, encoder.hash)
     treated = _treat(config, parts, fitting, judgements.train, corpus, progress)
@@ -152,7 +154,7 @@ def _evaluate(fitting: Fitting, members: list[Member], notes: list[str], judgeme
     pairs, train = judgements.heldout, judgements.train
     each = torch.stack([fitting.log_odds(member, pairs) for member in members])
     odds, own = each.mean(dim=0), encoder_odds(embeddings, pairs)
-    labels = {"heldout": pairs.label} | ({"gold": pairs.gold_label} if bool((pairs.gold_label != 0).any()) else {})
+    labels = _labels(pairs)
     found: dict[str, Any] = {"data": judgements.counts(), "left_out": dict(corpus.dataset.dropped)}
     found |= {name: judge(odds, label, pairs.cluster).as_json() for name, label in labels.items()}
     if own is not None:
@@ -168,6 +170,11 @@ def _evaluate(fitting: Fitting, members: list[Member], notes: list[str], judgeme
         found["noise"] |= {f"noise/labels_right_{when}": float((torch.sign(sign) == train.gold_label)[known].double().mean())
                            for when, sign in (("before", train.label), ("after", treated.targets.prob - 0.5))}
     return finite(found)
+
+
+def _labels(pairs: Examples) -> dict[str, Tensor]:
+    """What held-out pairs are compared with: their labels, and the second opinion where there is one."""
+    return {"heldout": pairs.label} | ({"gold": pairs.gold_label} if bool((pairs.gold_label != 0).any()) else {})
 
 
 def _stored(config: RewardTrainingConfig, encoder: FeatureEncoder, members: list[Member]) -> StoredReward:
