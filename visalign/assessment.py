@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from visalign.composition.adaptive import Constrained
@@ -55,16 +55,17 @@ class Assessment:
         drift = self._drift(prompts, autocast)
         assessed = Assessed()
         if found is not None:
+            found = replace(found, whole={**found.whole, **drift})
             found.write(self.folder.evaluation(label))
             metrics, standing, alarm = self.watch.of_evaluation(found, iteration)
-            assessed = Assessed({**found.metrics(), **self._constraints(found, prompts), **metrics, **drift}, standing, alarm)
+            assessed = Assessed({**found.metrics(), **self._constraints(found, prompts), **metrics}, standing, alarm)
         if iteration == 0:
             self.watch.begin()
         shared: Assessed = self.processes.gather_objects(assessed)[0]
         return shared
 
     def _drift(self, prompts: Sequence[Prompt], autocast: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
-        """``eval/velocity_gap`` and ``eval/kl_per_dim`` to the reference, if there is one, on the first evaluation prompts."""
+        """``velocity_gap`` and ``kl_per_dim`` to the reference, if there is one, on the first evaluation prompts."""
         policy = self.parts.eval_policy
         if not policy.has_role("reference"):
             return {}
@@ -72,7 +73,7 @@ class Assessment:
         rows = range(self.processes.rank, min(DRIFT_PROMPTS, len(prompts)), self.processes.world)
         seeds = [derive_seed(settings.seed, row) for row in rows]
         own = measure_drift(policy, [prompts[row] for row in rows], seeds, batch=settings.batch, autocast=autocast)
-        return {f"eval/{name}": value for name, value in sum(self.processes.gather_objects(own), Drift()).metrics().items()}
+        return sum(self.processes.gather_objects(own), Drift()).metrics()
 
     def _constraints(self, found: Evaluation, prompts: Sequence[Prompt]) -> dict[str, float]:
         """The held-out test of a run's constraints: ``eval/<name>_slack``, what the bound exceeds the threshold by, and whether all hold.

@@ -214,6 +214,8 @@ class StoppingConfig(Section):
         patience: evaluations in a row that must show a fall.
         statistics: what happens when the media change (edge density, colours, loudness, motion, ... by ``shift`` standard deviations, or
             half of the diversity gone) while the training reward rises: ``warn``, ``stop`` or ``ignore``.
+        max_kl: end the run where the policy is further from its reference than this, in nats per latent dimension (``guards/drift.py``,
+            ``eval/kl_per_dim``): guards see a fall after it began, and a policy far away falls fast. ``None`` for no limit.
     """
 
     stop: bool = True
@@ -222,6 +224,7 @@ class StoppingConfig(Section):
     patience: Positive = 1
     statistics: Literal["warn", "stop", "ignore"] = "warn"
     shift: PositiveFloat = 1.0
+    max_kl: PositiveFloat | None = None
 
 
 class SamplerConfig(Section):

@@ -38,7 +38,8 @@ class Evaluation:
         values: per metric (``reward`` or ``reward/axis``) one number per sample on the reward's raw scale, float64 (n,), NaN where invalid;
             ``media/<name>`` are the statistics of ``guards.observe``.
         seeds: one per sample.
-        whole: numbers about all samples together, finite: their ``diversity``, and the ``bandwidth`` it was measured with.
+        whole: numbers about all samples together, finite: their ``diversity``, and the ``bandwidth`` it was measured with; of a run also
+            how far its policy is from the reference (``guards.drift``).
     """
 
     values: Mapping[str, Tensor]

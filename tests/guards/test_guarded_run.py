@@ -243,3 +243,33 @@ def test_a_finished_run_that_goes_on_remembers_the_evaluation_it_had_ended_with(
     files = {path.name: path.read_bytes() for path in (whole / "evaluations").iterdir()}
     assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "evaluations").iterdir()} == files
     assert {path.name for path in (tmp_path / "run" / "samples").iterdir()} == {path.name for path in (whole / "samples").iterdir()}
+
+
+def test_a_policy_too_far_from_its_reference_ends_the_run_before_any_guard_falls(run, tmp_path):
+    whole, _ = run
+    kl = {row["iteration"] + 1: row["eval/kl_per_dim"] for row in read_metrics(whole) if "eval/kl_per_dim" in row}
+    told = Alarm.read(whole / "stopping.json")
+    limit = (kl[told.best - 3] + kl[told.best]) / 2  # KL grows in this run; crossed where the guard still stands highest
+    hacked(tmp_path / "run", f"stopping.max_kl={limit}")
+    alarm = Alarm.read(tmp_path / "run" / "stopping.json")
+    assert (alarm.kind, alarm.iteration, alarm.best) == ("drift", told.best, told.best)
+    assert f"beyond {limit:g}" in alarm.message
+    hacked(tmp_path / "far", f"stopping.max_kl={2 * max(kl.values())}")
+    assert Alarm.read(tmp_path / "far" / "stopping.json") == told
+
+
+def test_a_run_killed_before_it_said_that_it_went_too_far_says_so_when_it_is_resumed(run, tmp_path):
+    whole, _ = run
+    kl = {row["iteration"] + 1: row["eval/kl_per_dim"] for row in read_metrics(whole) if "eval/kl_per_dim" in row}
+    limit = (kl[3] + kl[6]) / 2
+    hacked(tmp_path / "run", f"stopping.max_kl={limit}")
+    told = (tmp_path / "run" / "stopping.json").read_bytes()
+    (tmp_path / "run" / "stopping.json").unlink()
+    hacked(tmp_path / "run", f"stopping.max_kl={limit}", resume=True)
+    assert (tmp_path / "run" / "stopping.json").read_bytes() == told
+
+
+def test_a_limit_on_drift_needs_a_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(gaussian_run.GaussianPolicy, "has_role", lambda self, role: role == "policy")
+    with pytest.raises(ValueError, match=r"max_kl 0.5 needs a reference to be far from.*trainable.mode: lora"):
+        hacked(tmp_path / "run", "stopping.max_kl=0.5")

@@ -13,7 +13,8 @@ class Alarm:
 
     Attributes:
         iteration: of the evaluation that showed it.
-        kind: "hacking" or "collapse" (``guards.rule``), or "shift" for media that have changed.
+        kind: "hacking" or "collapse" (``guards.rule``), "shift" for media that have changed, or "drift" for a policy too far from its
+            reference.
         causes: one line each.
         best: iteration of the best evaluation, whose weights are the run's result if it ends here.
     """

@@ -36,6 +36,9 @@ class Watch:
                            [*parts.guards.items(), *((term.name, term.reward) for term in parts.terms)]}
         self.stopping = [name for name in parts.guards if name in parts.stopping]
         self.bandwidth: float | None = None
+        if settings.max_kl is not None and not parts.eval_policy.has_role("reference"):
+            raise ValueError(f"stopping.max_kl {settings.max_kl:g} needs a reference to be far from, and this policy keeps none; train an "
+                             "adapter (trainable.mode: lora), or leave max_kl out")
 
     def begin(self) -> None:
         """Take the ruler of diversities from the evaluation before training; every process calls this once."""
@@ -85,9 +88,10 @@ class Watch:
         metrics = {f"guard/{fall.guard}_drop": fall.drop for fall in verdict.falls}
         metrics |= {"guard/alarms": float(len(verdict.alarms)), "guard/shifts": float(len(moved)),
                     "guard/best_iteration": float(looks[verdict.best].iteration)}
-        return {**metrics, **win_rates(first, found, self.directions)}, verdict.standing, self._alarm(verdict, moved, looks)
+        alarm = self._alarm(verdict, moved, looks, found.whole.get("kl_per_dim", 0.0))
+        return {**metrics, **win_rates(first, found, self.directions)}, verdict.standing, alarm
 
-    def _alarm(self, verdict: Verdict, moved: Sequence[Shift], looks: Sequence[Look]) -> Alarm | None:
+    def _alarm(self, verdict: Verdict, moved: Sequence[Shift], looks: Sequence[Look], kl: float) -> Alarm | None:
         now, best = looks[-1], looks[verdict.best].iteration
         rises = float((now.reward - looks[0].reward).nanmean()) > 0
         if moved and rises:
@@ -97,11 +101,19 @@ class Watch:
             if self.settings.statistics == "stop":
                 return Alarm(now.iteration, "shift", (f"the reward rises while the media change: {changes}",), best)
         if not verdict.alarms:
-            return None
+            return self._too_far(kl, now.iteration, best)
         kind = "collapse" if all(fall.kind == "collapse" for fall in verdict.alarms) else "hacking"
         alarm = Alarm(now.iteration, kind, tuple(_cause(fall) for fall in verdict.alarms), best)
         logger.warning("%s", alarm.message)
-        return alarm if self._persists(looks) else None
+        return alarm if self._persists(looks) else self._too_far(kl, now.iteration, best)
+
+    def _too_far(self, kl: float, iteration: int, best: int) -> Alarm | None:
+        limit = self.settings.max_kl
+        if limit is None or kl <= limit:
+            return None
+        alarm = Alarm(iteration, "drift", (f"the policy is {kl:.2g} nats per latent dimension from its reference, beyond {limit:g}",), best)
+        logger.warning("%s", alarm.message)
+        return alarm
 
     def _persists(self, looks: Sequence[Look]) -> bool:
         """Whether the last ``patience`` evaluations all showed an alarm."""
