@@ -18,7 +18,7 @@ from visalign.media import INDEX, KIND, Sample, load_media, read_index
 from visalign.protocols import Measures, Reward, SetReward, ValuesSets
 from visalign.reward_entries import load, parse_reward, unique_names
 from visalign.scoring import admit, score
-from visalign.types import Prompt, Scores
+from visalign.types import Measurement, Prompt, Scores
 
 
 def run(folder: Path, rewards: list[str], *, config: str | None, source: str | None, out: Path | None) -> None:
@@ -67,7 +67,7 @@ def of_set(name: str, reward: Reward | SetReward, answer: Scores) -> dict[str, f
     if len(features) < 2:
         raise ValueError(f"'{name}' judges whole sets, and {len(features)} of {len(answer.valid)} samples have features; it needs at least "
                          "two")
-    measured = reward.measure(features) if isinstance(reward, Measures) else ()
+    measured: tuple[Measurement, ...] = reward.measure(features) if isinstance(reward, Measures) else ()
     return {name: reward.value(features), **{f"  {one.name}": one.value for one in measured}}
 
 
