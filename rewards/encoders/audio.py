@@ -21,6 +21,7 @@ from transformers import AutoFeatureExtractor
 from visalign.rewards.dual_encoder import default_device
 from visalign.rewards.encoders import by_shape
 from visalign.rewards.encoders.pretrained import load_model
+from visalign.rewards.pretrained import pretrained
 from visalign.rewards.weights import weights_hash
 from visalign.types import Media, MediaKind
 
@@ -42,7 +43,6 @@ class AudioEncoder:
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
         Raises:
             ValueError: no soxr, no such layer, no rate or two, or windows that the extractor would cut.
-            OSError: the model was not found.
         """
         try:
             import soxr
@@ -59,7 +59,7 @@ class AudioEncoder:
         self.model: Any = model.encoder if self.codec else model.get_encoder() if model.config.is_encoder_decoder else model
         self.model.to(self.device)
         self.channels: int = model.config.audio_channels if self.codec else 1
-        self.extractor: Any = AutoFeatureExtractor.from_pretrained(path, cache_dir=cache_dir)
+        self.extractor: Any = pretrained(AutoFeatureExtractor, path, owner="encoder", cache_dir=cache_dir)
         self.rate = self._rate(rate)
         filled = getattr(self.extractor, "n_samples", None)
         self.window = filled if window_seconds is None and filled else round((10 if window_seconds is None else window_seconds) * self.rate)

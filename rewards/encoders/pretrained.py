@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from visalign.rewards.weights import fetching
+
 
 def load_model(path: str, *, unused: tuple[str, ...] = (), cache_dir: str | None = None) -> Any:
     """The bare model of a folder or hub id, float32, frozen, in evaluation mode.
@@ -17,10 +19,10 @@ def load_model(path: str, *, unused: tuple[str, ...] = (), cache_dir: str | None
     Args:
         unused: prefixes of parameters that do not matter here and may be missing.
     Raises:
-        ValueError: weights that matter are missing.
-        OSError: the model was not found.
+        ValueError: the model was not found, or weights that matter are missing.
     """
-    model, found = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, cache_dir=cache_dir)
+    with fetching("encoder", path):
+        model, found = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True, cache_dir=cache_dir)
     # Names may carry the part they belong to: "pooler.dense.bias" of a tower, "vision_model.pooler..." of a whole.
     lacking = sorted(name for name in found["missing_keys"]
                      if not any(part.startswith(unused) for part in (name, name.partition(".")[2])))

@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor
 from visalign.rewards.dual_encoder import default_device
 from visalign.rewards.encoders import ImageEncoder, by_shape
 from visalign.rewards.encoders.pretrained import load_model
+from visalign.rewards.pretrained import pretrained
 from visalign.rewards.weights import weights_hash
 
 Pooling = Literal["cls", "mean", "pooled"]
@@ -40,7 +41,6 @@ class VisionEncoder(ImageEncoder):
             device: ``None`` takes the process's current CUDA device, or the CPU where there is none.
         Raises:
             ValueError: the model lacks what the pooling takes or weights for it, or its processor scales pictures otherwise.
-            OSError: the model was not found.
         """
         super().__init__(video_frames)
         if pooling not in ("cls", "mean", "pooled"):
@@ -51,7 +51,7 @@ class VisionEncoder(ImageEncoder):
         unused = ("text_model.", "text_projection.", "logit_", "visual_projection.", *(() if pooling == "pooled" else ("pooler.",)))
         model = load_model(path, unused=unused, cache_dir=cache_dir)
         self.model: Any = (model.vision_model if hasattr(model.config, "vision_config") else model).to(self.device)
-        self.processor: Any = AutoImageProcessor.from_pretrained(path, cache_dir=cache_dir)
+        self.processor: Any = pretrained(AutoImageProcessor, path, owner="encoder", cache_dir=cache_dir)
         self._check_scale()
         self.encode_images([torch.full((3, 64, 64), 128, dtype=torch.uint8)])  # refuse a pooling that the model does not have now
         declared = f"{type(self.model).__name__} {pooling} {video_frames} {type(self.processor).__name__} {self.processor.to_json_string()}"

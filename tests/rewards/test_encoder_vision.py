@@ -158,5 +158,5 @@ def test_bad_settings(folders, tmp_path):
         VisionEncoder(folders["vit"], "max")
     with pytest.raises(ValueError, match="video_frames -1"):
         VisionEncoder(folders["vit"], video_frames=-1)
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"encoder: no folder .*nowhere; give the folder of a model, or ORG/REPO on the hub"):
         VisionEncoder(str(tmp_path / "nowhere"))

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+_FLOOR = 1e-6
+
 
 def follow_average(average: Tensor, observed: Tensor, decay: float) -> Tensor:
     """``decay average + (1 - decay) observed`` entry by entry, (K,).
@@ -25,10 +27,11 @@ def follow_average(average: Tensor, observed: Tensor, decay: float) -> Tensor:
 def maxmin_weights(weights: Tensor, average: Tensor, rate: float | None = 1.0) -> Tensor:
     """Weights of user groups, (K,), sum 1, moved towards the one that is worst off.
 
-        p_u <- p_u exp(-rate R_u) / Z           the mirror step of  max_policy min_u E[r_u]
+        p_u <- max(p_u, 1e-6) exp(-rate R_u) / Z           the mirror step of  max_policy min_u E[r_u]
 
     The minimum is over *expectations*: ``average`` holds each group's running mean reward, on comparable scales such as regret to the
-    initial policy. The minimum per sample is ``composition.worst_case``, another objective.
+    initial policy. The minimum per sample is ``composition.worst_case``, another objective. Without the floor, which the paper does not
+    have, a group that was well off for long would need as long to be heard again, or forever, once its weight is 0 in floating point.
 
     Args:
         weights: p, >= 0, sum 1.
@@ -47,7 +50,7 @@ def maxmin_weights(weights: Tensor, average: Tensor, rate: float | None = 1.0) -
     if rate is None:
         worst = (known == known.min()) & seen
         return worst.to(weights) / worst.sum()
-    return torch.softmax(weights.log() - rate * known, dim=0)
+    return torch.softmax(weights.clamp(min=_FLOOR).log() - rate * known, dim=0)
 
 
 def arc_directions(num: int, low: float = 0.0, high: float = 90.0) -> Tensor:
