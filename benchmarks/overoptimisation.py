@@ -147,14 +147,14 @@ def standardisation(name: str, params: Mapping[str, Any], pairs: Path) -> tuple[
 def record(results: Path, folder: Path, arm: str, seed: int) -> None:
     """Append a row per evaluation."""
     stopping = folder / "stopping.json"
-    stopped = json.loads(stopping.read_text(encoding="utf-8"))["iteration"] if stopping.is_file() else None
+    why = json.loads(stopping.read_text(encoding="utf-8"))["kind"] if stopping.is_file() else None
     for row in read_metrics(folder):
         if "eval/captions" in row:
             append(results, {
                 "op": "overoptimisation", "arm": arm, "seed": seed, "iteration": int(row["iteration"]) + 1,
                 "gold": [round(row[f"eval/captions{end}"], 4) for end in ("_low", "", "_high")],
                 "strict": round(row["eval/captions/strict"], 4), "proxy": round(row["eval/clip"], 4),
-                "kl_per_dim": round(row.get("eval/kl_per_dim", 0.0), 4), "alarm": bool(row.get("guard/alarms", 0)), "stopped": stopped})
+                "kl_per_dim": round(row.get("eval/kl_per_dim", 0.0), 4), "alarm": bool(row.get("guard/alarms", 0)), "why": why})
 
 
 def append(results: Path, row: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from scripts.guard_tables import ORDER, Run, guard_runs
+from scripts.guard_tables import ORDER, Run, common_end, guard_runs
 from scripts.results import ROOT
 
 FIGURE = ROOT / "docs" / "overoptimisation.svg"
@@ -35,16 +35,17 @@ def proxy_arm(axes: Axes, runs: dict[int, Run], guarded: dict[int, Run]) -> None
         at = [row["iteration"] for row in run]
         axes.plot(at, [row["proxy"] for row in run], color=PROXY, lw=1, label="proxy, trained on: CLIP" * (number == 0) or None)
         axes.plot(at, [row["gold"][1] for row in run], color=GOLD, lw=1, label="gold: the exact verifier" * (number == 0) or None)
-    for number, run in enumerate(run for run in guarded.values() if run[-1]["stopped"] is not None):
-        axes.plot(run[-1]["iteration"], run[-1]["gold"][1], "o", color=STOP, ms=6, label="the guard ends the run" * (number == 0) or None)
+    for number, run in enumerate(run for run in guarded.values() if run[-1]["why"]):
+        axes.plot(run[-1]["iteration"], run[-1]["gold"][1], "o", color=STOP, ms=6, label="guards end the run" * (number == 0) or None)
     axes.set(xlabel="iteration", ylabel="mean over held-out prompts", title=f"GRPO on CLIP, {len(runs)} seeds")
     axes.legend(frameon=False)
 
 
 def all_arms(axes: Axes, found: dict[str, dict[int, Run]]) -> None:
     """Gold by what is trained on: single seeds thin, their mean thick."""
+    end = common_end(found)
     for arm in ORDER:
-        runs = list(found.get(arm, {}).values())
+        runs = [[row for row in run if row["iteration"] <= end] for run in found.get(arm, {}).values()]
         for run in runs:
             axes.plot([row["iteration"] for row in run], [row["gold"][1] for row in run], color=COLOURS[arm], lw=0.6, alpha=0.4)
         if runs:
