@@ -52,7 +52,7 @@ def go(run_dir: Path, urls: Sequence[str], answers: Path | None, settings: Confi
     """Run; the returned parts hold the trained policy and a ``Watching`` algorithm."""
     world = GaussianWorld(mean=torch.zeros(3, 2, 2), var=0.09)
     policy = GaussianPolicy(world, flow_schedule(dance_sigmas(5, 3.0)), media="image")
-    server = {"base_urls": list(urls), "model": "judge", "cache_dir": answers, "pause": 0.001, "retries": 3, "timeout": 1.0,
+    server = {"base_urls": list(urls), "model": "judge", "cache_dir": answers, "pause": 0.001, "retries": 3, "timeout": 3.0,
               "concurrency": 4, **backend}
     judge = WinRate(PairwiseJudge(server, rechecks=0), swap=swap, name="judge")
     algorithm = Watching(clip=settings.algorithm.clip, iterations=settings.train.iterations)

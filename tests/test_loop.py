@@ -319,7 +319,7 @@ def test_two_processes_make_the_run_of_one(tmp_path):
     script = Path(gaussian_run.__file__)
     environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(tmp_path / "two"),
-                    "--plain", *overrides], env=environment, check=True, timeout=240)
+                    "--plain", *overrides], env=environment, check=True, timeout=900)
     go(tmp_path / "one", config(*overrides))
     one, two = (checkpoint.load(checkpoint.latest(tmp_path / name / "checkpoints")) for name in ("one", "two"))
     assert len(two.state["rng"]) == 2

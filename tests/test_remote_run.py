@@ -60,11 +60,11 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_in_one_piece_and_asks_nothi
     with Serving({"value": served}, max_batch=2, max_wait_ms=0) as server:
         reward.lethal = lethal
         reward.victim = start(tmp_path / "run", server.url, tmp_path / "cache", *(["--kill", moment] if moment else []))
-        assert reward.victim.wait(120) == -9
+        assert reward.victim.wait(900) == -9
         kept = int(latest(tmp_path / "run" / "checkpoints").name)
         assert 0 < kept < 6
         asked = sum(reward.seen.values())
-        assert start(tmp_path / "run", server.url, tmp_path / "cache", "--resume").wait(120) == 0
+        assert start(tmp_path / "run", server.url, tmp_path / "cache", "--resume").wait(900) == 0
     # Only what was under way when the process died had to be asked again: nobody had received the answer.
     assert max(reward.seen.values()) <= (2 if lethal else 1)
     assert sum(count > 1 for count in reward.seen.values()) <= 2

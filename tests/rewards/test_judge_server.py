@@ -83,7 +83,7 @@ def test_pauses_double():
                                                  (DRIP, "timeout")])
 def test_what_stays_has_a_reason_and_no_answer(trouble, reason):
     with MisbehavingServer([trouble]) as server:
-        reply, = client(server, retries=1, timeout=0.15).ask([question()])
+        reply, = client(server, retries=1, timeout=0.5 if reason == "timeout" else 60).ask([question()])
         assert (reply.answer, reply.reason, reply.attempts) == (None, reason, 2)
         assert len(server.requests) == 2
 
@@ -165,7 +165,7 @@ def test_one_dead_replica_of_two_loses_nothing(nobody):
 
 def test_a_hanging_replica_costs_one_timeout_not_one_per_question():
     with MisbehavingServer([HANG]) as stuck, MisbehavingServer([GOOD]) as server:
-        replies = client(stuck, server, concurrency=2, timeout=0.2, pause=5).ask([question(str(i)) for i in range(12)])
+        replies = client(stuck, server, concurrency=2, timeout=1, pause=5).ask([question(str(i)) for i in range(12)])
     assert all(reply.answer for reply in replies)
     assert len(stuck.requests) <= 2
 
@@ -273,7 +273,7 @@ def test_nothing_is_asked_twice_after_a_kill(tmp_path):
 
     with MisbehavingServer([GOOD, GOOD, kill, GOOD]) as server:
         processes.append(subprocess.Popen([sys.executable, "-c", script, server.url, str(tmp_path)]))
-        assert processes[0].wait(60) != 0
+        assert processes[0].wait(600) != 0
         replies = client(server, cache_dir=tmp_path, concurrency=1).ask([Question(str(i), (b"png",), 8) for i in range(5)])
     assert [reply.attempts for reply in replies] == [0, 0, 1, 1, 1]
     assert len(server.requests) == 3 + 3

@@ -169,18 +169,18 @@ def script(tmp_path: Path) -> Path:
 
 
 def test_a_crash_and_a_hang_cost_their_own_request(script):
-    workers = Simulators(script, workers=2, timeout=1.5)
+    workers = Simulators(script, workers=2, timeout=5)
     began = time.monotonic()
     answers = workers.ask([b"a\n", b"die\n", b"b\n", b"hang\n", b"c\n"])
     assert [answer.get("word") for answer in answers] == ["a", None, "b", None, "c"]
     assert answers[1] == {"failed": "crashed", "message": "exit status -6: out of luck"}
-    assert answers[3] == {"failed": "timeout", "message": "no answer within 1.5 s"}
-    assert time.monotonic() - began < 30
+    assert answers[3] == {"failed": "timeout", "message": "no answer within 5 s"}
+    assert time.monotonic() - began < 60
     workers.close()
 
 
 def test_processes_are_kept_between_calls_and_start_again_after_close(script):
-    workers = Simulators(script, workers=1, timeout=20)
+    workers = Simulators(script, workers=1, timeout=60)
     (first,), (second,) = workers.ask([b"a\n"]), workers.ask([b"b\n"])
     assert first["process"] == second["process"]
     workers.close()

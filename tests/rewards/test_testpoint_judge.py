@@ -74,7 +74,7 @@ def test_points_are_asked_in_one_numbered_list_and_shares_are_by_dimension():
     (completion("<score>[1, 0, 1]</score>", finish="length"), "truncated"), (HANG, "timeout"), (500, "http 500")])
 def test_an_answer_that_is_not_one_verdict_per_point_is_no_point_at_all(answer, reason):
     with MisbehavingServer([answer]) as server:
-        judge = TestpointJudge(backend(server, timeout=0.3), repairs=0)
+        judge = TestpointJudge(backend(server, timeout=0.3 if reason == "timeout" else 60), repairs=0)
         found = judge.score([Media("image", torch.zeros(3, 4, 4, dtype=torch.uint8))], [points("Style", "Style", "Grammar")], [0])
     assert found.reasons == (reason,)
     assert found.raw.isnan().all()
