@@ -103,6 +103,39 @@ def test_nvcc_compiles_them_too(source, macros, tmp_path):
     assert found.returncode == 0, found.stderr
 
 
+def vector_accesses(source, kernel, macros):
+    """128-bit loads and stores of one kernel, for whole groups at whole addresses: each of its tensors, `GROUPS` times."""
+    wide = {"float": 2, "bf16": 1, "f16": 1}
+    output = macros["NUM_OUTPUTS"] * wide[macros["OUTPUT_TYPE"]]
+    if source == "guidance_rescale":
+        loads, stores = output, 0
+    elif source == "guided_step":
+        loads = output + macros["USES_X"] * wide[macros["X_TYPE"]] + macros["NUM_GRADIENTS"] * wide[macros["GRADIENT_TYPE"]]
+        loads += 2 * (macros["NOISE"] == 1)
+        stores = wide[macros["NEXT_TYPE"]] + 2 * (macros["WRITES_MEAN"] + macros["WRITES_VELOCITY"])
+    else:
+        loads, stores = output * (1 + macros["HAS_REFERENCE"]), output if kernel.endswith("_backward") else 0
+        if source == "paired_error":
+            loads += 2 * (macros["USES_X0"] + macros["USES_NOISE"])
+        else:
+            loads += macros["USES_X"] * wide[macros["X_TYPE"]] + wide[macros["NEXT_TYPE"]] + 2 * macros["HAS_OLD"]
+    return 2 * loads, 2 * stores
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize(("source", "macros"), TYPICAL, ids=IDS)
+def test_every_tensor_is_read_and_written_in_128_bits(source, macros, tmp_path):
+    command = [NVCC, "-arch=sm_90", "-ptx", *OPTIONS, f"-I{FOLDER}", str(FOLDER / source / f"{source}.cu"), "-o", str(tmp_path / "ptx"),
+               *(f"-D{name}={value}" for name, value in macros.items())]
+    subprocess.run(command, check=True)
+    bodies = re.split(r"\.entry (\w+)\(", (tmp_path / "ptx").read_text())
+    kernels = {name: body for name, body in zip(bodies[1::2], bodies[2::2], strict=True) if not name.endswith("_finish")}
+    assert source in kernels
+    for kernel, body in kernels.items():
+        found = tuple(len(re.findall(rf"\b{access}\.global\S*\.v4\.\w32", body)) for access in ("ld", "st"))
+        assert found == vector_accesses(source, kernel, macros), kernel
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(compiling.CACHE_VARIABLE, str(tmp_path / "kernels"))
