@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.kernels.cases import COMBINATIONS, STEP, normal, outputs
+from visalign.kernels import backend
 from visalign.kernels import compile as compiling
-from visalign.kernels.compile import FOLDER, OPTIONS, KernelError, compiled, nvrtc_compile, supported_architectures
+from visalign.kernels.compile import FOLDER, OPTIONS, KernelError, compiled, nvrtc_compile, supported_architectures, target
 from visalign.kernels.formula import StepFormula
 from visalign.kernels.guided_step import run as guided_step
 from visalign.kernels.paired_error import fused as pairs
@@ -199,6 +200,18 @@ def test_a_source_that_does_not_compile_shows_the_log(folder):
     with pytest.raises(KernelError, match=r"cannot compile guided_step.cu with .*sm_90(.|\n)*the argument structure differs"):
         compiled(source, {**macros, "ARGS_SIZE": 8}, 90)
     assert not folder.exists()
+
+
+def test_a_device_newer_than_the_compiler_takes_code_of_its_major_version_or_none(monkeypatch):
+    """CUDA 12.8 knows 10.0, 10.1 (a Tegra, whose code runs nowhere else) and 12.0."""
+    monkeypatch.setattr(compiling, "compiler", lambda: "NVRTC 12.8")
+    monkeypatch.setattr(compiling, "supported_architectures", lambda: [80, 86, 87, 89, 90, 100, 101, 120])
+    assert [target(arch) for arch in (80, 87, 90, 100, 103, 121)] == [80, 87, 90, 100, 100, 120]
+    with pytest.raises(KernelError, match=r"NVRTC 12.8 does not know compute capability 11.0; use a PyTorch built for a newer CUDA"):
+        target(110)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (11, 0))
+    assert "does not know compute capability 11.0" in backend._unavailable.__wrapped__(0)
 
 
 def test_without_bindings_the_message_says_what_is_missing(monkeypatch):
