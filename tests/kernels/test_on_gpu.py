@@ -180,6 +180,21 @@ def test_work_is_ordered_by_the_current_stream(device):
     assert bool(torch.isfinite(total))
 
 
+def test_paired_error_does_not_wait_for_the_device(device):
+    """Its scalars are copied behind what is queued: when both passes have been called the stream has not come to them yet."""
+    shape = (4, 16, 32, 32)
+    found, held, x, x0, noise = (move(value, device) for value in noised(shape, COMBINATIONS[1], "epsilon", torch.bfloat16))
+    leaf = found.tensors[0].requires_grad_()
+    begun = torch.cuda.Event()
+    for spin in (1, 2**31):  # compiled and loaded in the first round
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(spin)
+        begun.record()
+        terms = paired_error(found, x, x0, noise, space="flow", reference_outputs=held, backend="cuda")
+        torch.autograd.grad((terms.policy - terms.reference).sum(), leaf)
+    assert not begun.query()
+
+
 def test_a_thread_without_a_context_can_launch(device):
     shape = (2, 4096)
     found, x = move(outputs(shape, COMBINATIONS[1]), device), normal(shape, 0).to(device)
