@@ -240,6 +240,12 @@ def test_forward_and_backward_share_their_scalars():
     assert coefficients(PairFormula(found.alpha, found.sigma, found.readout, "sample", 0.5)) is not one
 
 
+def test_a_mask_of_numbers_is_refused_before_its_bytes_are_read(engine):
+    found, held, _, x0, noise = noised((3, 50), COMBINATIONS[1])
+    with pytest.raises(ValueError, match=r"must be bool, got torch.float32"):
+        fused(engine, found, held, x0, noise, "flow", mask=(x0 > 0).float())
+
+
 def test_a_mask_keeps_padding_out(engine):
     """Even NaN, in the gradient too."""
     found, held, x, x0, noise = noised((2, 3, 8), COMBINATIONS[1])

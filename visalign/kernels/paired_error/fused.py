@@ -39,7 +39,13 @@ class Found:
 
 
 def run(engine: Engine, given: Inputs, formula: PairFormula, norms: bool) -> Found:
-    """The forward pass."""
+    """The forward pass.
+
+    Raises:
+        ValueError: a mask that is not boolean, or a tensor of another shape or device than x0.
+    """
+    if given.mask is not None and given.mask.dtype != torch.bool:  # its bytes are read
+        raise ValueError(f"a mask of valid elements must be bool, got {given.mask.dtype}; compare it with a threshold first")
     mask = None if given.mask is None else given.mask.expand(given.x0.shape)
     check_alike(given.x0, noise=given.noise, outputs=given.outputs, reference=given.reference, mask=mask)
     found = empty(given, norms)
