@@ -3,8 +3,9 @@
     python -m scripts.benchmark_kernels [--quick] [--out benchmarks/results/kernels.jsonl]
 
 For every operator, latent shape and batch three versions of one computation: ``cuda`` (the kernels), ``torch`` (the reference, eager) and
-``compile`` (the reference under ``torch.compile``). Two times each: on the device alone (events, launches queued ahead, inputs rotated
-through more memory than the cache) and per call in a loop, launches included. Ceilings are measured in the same process: a large copy and
+``compile`` (the reference under ``torch.compile``). Two times each: on the device alone (events, launches queued ahead, the cache swept
+before) and per call in a loop, launches included, with what is then in the cache. A version that waits for the device in its middle cannot
+be queued ahead; its rows say so (``queued``). Ceilings are measured in the same process: a large copy and
 a float32 matrix product. Rows are appended; ``python -m scripts.kernel_results`` makes tables and the roofline of them.
 """
 
@@ -150,18 +151,30 @@ def velocity_errors(output: Tensor, held: Tensor, x0: Tensor, noise: Tensor) -> 
     return pair.PairedErrors(errors[0], errors[1])
 
 
-def device_times(run: Run, inputs: list[dict[str, Tensor]], repeats: int) -> list[float]:
-    """Microseconds on the device: launches queue up behind a spinning kernel, so that their latency is not in it."""
-    found = []
+@dataclass(frozen=True)
+class DeviceTimes:
+    """Microseconds on the device, and whether the last launch had always been queued before the first could begin: without latency then."""
+
+    micros: list[float]
+    queued: bool
+
+
+def device_times(run: Run, inputs: list[dict[str, Tensor]], repeats: int, cache_bytes: int) -> DeviceTimes:
+    """Launches queue up behind a spinning kernel and one that reads four times the cache: what it leaves there is of no use to ``run``, and
+    need not be written back."""
+    found, queued = [], True
+    sweep = torch.zeros(cache_bytes, device="cuda")  # of four bytes each
     for repeat in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(10_000_000)
+        sweep.amax()
         start.record()
         run(inputs[repeat % len(inputs)])
+        queued &= not start.query()
         end.record()
         end.synchronize()
         found.append(1000 * start.elapsed_time(end))
-    return found
+    return DeviceTimes(found, queued)
 
 
 def loop_times(run: Run, inputs: list[dict[str, Tensor]], repeats: int, calls: int = 20) -> list[float]:
@@ -177,19 +190,19 @@ def loop_times(run: Run, inputs: list[dict[str, Tensor]], repeats: int, calls: i
     return found
 
 
-def copy_bandwidth(device: torch.device, repeats: int) -> list[float]:
+def copy_bandwidth(device: torch.device, repeats: int, cache_bytes: int) -> list[float]:
     """GB/s of a copy of 1 GiB, bytes read plus bytes written."""
     source = torch.empty(2**28, device=device).normal_()
     target = torch.empty_like(source)
-    micros = device_times(lambda _: target.copy_(source), [{}], repeats)
+    micros = device_times(lambda _: target.copy_(source), [{}], repeats, cache_bytes).micros
     return [2 * source.numel() * 4 / (us * 1e3) for us in micros]
 
 
-def product_rate(device: torch.device, repeats: int) -> list[float]:
+def product_rate(device: torch.device, repeats: int, cache_bytes: int) -> list[float]:
     """GFLOP/s of a float32 matrix product of side 8192 without TF32: the ceiling of ordinary float32 arithmetic."""
     a, b = (torch.randn(8192, 8192, device=device) for _ in range(2))
     torch.backends.cuda.matmul.allow_tf32 = False
-    micros = device_times(lambda _: a @ b, [{}], repeats)
+    micros = device_times(lambda _: a @ b, [{}], repeats, cache_bytes).micros
     return [2 * 8192**3 / (us * 1e3) for us in micros]
 
 
@@ -219,9 +232,11 @@ def measure(case: Case, repeats: int, common: dict[str, Any]) -> Iterator[dict[s
     for backend, run in case.versions.items():
         for values in rotated:
             run(values)
-        for metric, times in (("device time", device_times(run, rotated, repeats)), ("time per call", loop_times(run, rotated, repeats))):
+        alone = device_times(run, rotated, repeats, common["cache_bytes"])
+        for metric, times, more in (("device time", alone.micros, {"queued": alone.queued}),
+                                    ("time per call", loop_times(run, rotated, repeats), {})):
             yield {"op": case.op, "part": case.part, "backend": backend, "shape": list(case.shape), "dtype": str(case.dtype).split(".")[-1],
-                   "metric": metric, "unit": "us", **quantiles(times), "bytes": case.num_bytes, "flops": case.flops, **common}
+                   "metric": metric, "unit": "us", **quantiles(times), **more, "bytes": case.num_bytes, "flops": case.flops, **common}
     torch.compiler.reset()
 
 
@@ -247,9 +262,10 @@ def main() -> None:
         raise SystemExit("no CUDA device: there is nothing to measure, and nothing is estimated")
     device, repeats = torch.device("cuda", torch.cuda.current_device()), 15 if arguments.quick else 50
     common = machine(device)
+    how = (device, repeats, common["cache_bytes"])
     ceilings = [{"op": name, "backend": "torch", "metric": metric, "unit": unit, **quantiles(values), **common}
-                for name, metric, unit, values in (("copy", "bandwidth", "GB/s", copy_bandwidth(device, repeats)),
-                                                   ("float32 product", "rate", "GFLOP/s", product_rate(device, repeats)))]
+                for name, metric, unit, values in (("copy", "bandwidth", "GB/s", copy_bandwidth(*how)),
+                                                   ("float32 product", "rate", "GFLOP/s", product_rate(*how)))]
     with arguments.out.open("a", encoding="utf-8") as file:
         def record(row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")

@@ -23,12 +23,17 @@ echo "== tests on the GPU"
 "$python" -m pytest -m gpu tests/kernels/test_on_gpu.py -ra
 
 if command -v compute-sanitizer >/dev/null; then
-    few="noise_has_the_bits or wrappers_agree or paired_error_agrees or (transition_log_prob_has and bfloat16)"
+    few="noise_has_the_bits or wrappers_agree or paired_error_agrees or addresses or ((transition_log_prob_has or paired_error_has) and bfloat16)"
+    # Every tensor is an allocation of its own: inside a block that PyTorch keeps for later, an access past a tensor's end is not seen.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck synccheck; do
         echo "== compute-sanitizer $tool"
-        compute-sanitizer --tool "$tool" --error-exitcode 1 --target-processes application-only \
+        # cuda.bindings asks the driver for functions that an older one lacks, which memcheck would count as errors; ours raise in Python.
+        options=(); [[ $tool == memcheck ]] && options=(--report-api-errors no)
+        compute-sanitizer --tool "$tool" "${options[@]}" --error-exitcode 1 --target-processes application-only \
             "$python" -m pytest -q -m gpu tests/kernels/test_on_gpu.py -k "$few" -p no:cacheprovider
     done
+    unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else
     echo "== compute-sanitizer is not installed; memory accesses were not checked"
 fi

@@ -42,7 +42,8 @@ def section(rows: Sequence[Row]) -> str:
             "compiled / kernels")
     lines = [f"{last['hardware']}, PyTorch {last['torch']}, {last['compiler']}, commit {last['commit']}, {last['date']}. Ceilings measured "
              f"beside: {beside}. Median times; a call is timed in a loop with its launches, the device alone without. *Share* is of the "
-             "copy's bandwidth, over the bytes that must move.", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+             "copy's bandwidth, over the bytes that must move. Blank: a version that waits for the device in its middle, so that its "
+             "launches cannot be taken out of its time.", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     lines += [line_of(rows, *key) for key in keys(rows)]
     lines += ["", goals(rows), *end_to_end(rows), "", "![roofline](kernels.svg)"]
     return "\n".join(lines)
@@ -64,16 +65,21 @@ def found(rows: Sequence[Row], op: str, shape: Sequence[int], metric: str, backe
 
 
 def share(rows: Sequence[Row], op: str, shape: Sequence[int]) -> float:
-    """Of the measured copy bandwidth."""
+    """Of the measured copy bandwidth, NaN if launches are in the time."""
     row, copy = found(rows, op, shape, "device time", "cuda"), next(row for row in ceilings(rows) if row["op"] == "copy")
     assert row is not None, "every operator is timed on its kernels"
-    return float(row["bytes"] / (row["p50"] * 1e3) / copy["p50"])
+    return float(row["bytes"] / (row["p50"] * 1e3) / copy["p50"]) if clean(row) else math.nan
 
 
 def ratio(rows: Sequence[Row], op: str, shape: Sequence[int], metric: str, backend: str) -> float:
-    """Time of a backend over that of the kernels, NaN if it was not timed."""
+    """Time of a backend over that of the kernels, NaN if it was not timed, or launches are in what should be the device's time."""
     slow, fast = (found(rows, op, shape, metric, name) for name in (backend, "cuda"))
-    return float(slow["p50"] / fast["p50"]) if slow is not None and fast is not None else math.nan
+    return float(slow["p50"] / fast["p50"]) if slow is not None and fast is not None and clean(slow) and clean(fast) else math.nan
+
+
+def clean(row: Row) -> bool:
+    """Whether a time is what its metric says: every row but a device time with launches in it."""
+    return bool(row.get("queued", True))
 
 
 def line_of(rows: Sequence[Row], op: str, shape: tuple[int, ...]) -> str:
@@ -83,7 +89,8 @@ def line_of(rows: Sequence[Row], op: str, shape: tuple[int, ...]) -> str:
         assert row is not None, "every operator is timed on its kernels"
         cells.append(f"{row['p50']:,.1f} us")
         if metric == "device time":
-            cells.append(f"{100 * share(rows, op, shape):.0f} %")
+            part = share(rows, op, shape)
+            cells.append("" if math.isnan(part) else f"{100 * part:.0f} %")
         ratios = (ratio(rows, op, shape, metric, backend) for backend in ("torch", "compile"))
         cells += ["" if math.isnan(value) else f"{value:.2f}" for value in ratios]
     return f"| {' | '.join(cells)} |"
@@ -125,9 +132,9 @@ def roofline(rows: Sequence[Row]) -> str:
     largest = {op: max((shape for name, shape in keys(rows) if name == op), key=math.prod) for op, _ in keys(rows)}
     points = [(row["flops"] / row["bytes"], row["flops"] / (row["p50"] * 1e3), f"{op}, {backend}", backend)
               for op, shape in largest.items() for backend in ("cuda", "compile", "torch")
-              if (row := found(rows, op, shape, "device time", backend)) is not None]
+              if (row := found(rows, op, shape, "device time", backend)) is not None and clean(row)]
     x_low, x_high = 0.1, 10 * rate / bandwidth
-    y_low, y_high = min(0.5 * min(y for _, y, _, _ in points), bandwidth * x_low), 2 * rate
+    y_low, y_high = min(0.5 * min((y for _, y, _, _ in points), default=rate), bandwidth * x_low), 2 * rate
 
     def px(x: float) -> float:
         return round(70 + 540 * math.log(x / x_low) / math.log(x_high / x_low), 1)

@@ -19,6 +19,7 @@
 #define __launch_bounds__(threads)
 #define __align__(bytes) alignas(bytes)
 
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x; };
 static Index threadIdx, blockIdx, gridDim;
 
@@ -107,6 +108,8 @@ template <class T> T shuffle(T value, int source) {
 }
 
 }  // namespace host
+
+static inline void __stwb(uint4* to, uint4 value) { *to = value; }
 
 static inline void __syncthreads() { host::wait(host::AT_BLOCK); }
 

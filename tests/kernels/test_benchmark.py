@@ -83,6 +83,20 @@ def test_tables_say_what_the_rows_say():
     assert "PyTorch takes 1.100 [1.000, 1.200] times as long" in text
 
 
+def test_a_time_with_launches_in_it_is_no_device_time():
+    """Neither a ratio nor a share nor a point of the roofline comes from it; calls are compared all the same."""
+    def with_launches(backend):
+        return [{**row, "queued": row["backend"] != backend} if row["metric"] == "device time" else row for row in made_up_rows()]
+
+    waiting = with_launches("torch")
+    assert "| 10.0 us | 90 % |  | 1.30 | 10.0 us | 5.00 | 1.30 |" in kernel_results.section(waiting)
+    assert "0 of 0 reach 4 times faster than eager; 1 of 1 reach 1.2 times" in kernel_results.section(waiting)
+    assert kernel_results.roofline(waiting).count("<title>") == 2
+    text = kernel_results.section(with_launches("cuda"))
+    assert "| 10.0 us |  |  |  | 10.0 us | 5.00 | 1.30 |" in text
+    assert "0 of 1 reach 0.85 of the copy's bandwidth" in text
+
+
 def test_the_roofline_is_a_figure_below_its_ceilings():
     rows = made_up_rows()
     root = ElementTree.fromstring(kernel_results.roofline(rows))

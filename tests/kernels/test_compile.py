@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.kernels.cases import COMBINATIONS, STEP, normal, outputs
+from visalign.kernels import backend
 from visalign.kernels import compile as compiling
-from visalign.kernels.compile import FOLDER, OPTIONS, KernelError, compiled, nvrtc_compile, supported_architectures
+from visalign.kernels.compile import FOLDER, OPTIONS, KernelError, compiled, nvrtc_compile, supported_architectures, target
 from visalign.kernels.formula import StepFormula
 from visalign.kernels.guided_step import run as guided_step
 from visalign.kernels.paired_error import fused as pairs
@@ -103,6 +104,39 @@ def test_nvcc_compiles_them_too(source, macros, tmp_path):
     assert found.returncode == 0, found.stderr
 
 
+def vector_accesses(source, kernel, macros):
+    """128-bit loads and stores of one kernel, for whole groups at whole addresses: each of its tensors, `GROUPS` times."""
+    wide = {"float": 2, "bf16": 1, "f16": 1}
+    output = macros["NUM_OUTPUTS"] * wide[macros["OUTPUT_TYPE"]]
+    if source == "guidance_rescale":
+        loads, stores = output, 0
+    elif source == "guided_step":
+        loads = output + macros["USES_X"] * wide[macros["X_TYPE"]] + macros["NUM_GRADIENTS"] * wide[macros["GRADIENT_TYPE"]]
+        loads += 2 * (macros["NOISE"] == 1)
+        stores = wide[macros["NEXT_TYPE"]] + 2 * (macros["WRITES_MEAN"] + macros["WRITES_VELOCITY"])
+    else:
+        loads, stores = output * (1 + macros["HAS_REFERENCE"]), output if kernel.endswith("_backward") else 0
+        if source == "paired_error":
+            loads += 2 * (macros["USES_X0"] + macros["USES_NOISE"])
+        else:
+            loads += macros["USES_X"] * wide[macros["X_TYPE"]] + wide[macros["NEXT_TYPE"]] + 2 * macros["HAS_OLD"]
+    return 2 * loads, 2 * stores
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc")
+@pytest.mark.parametrize(("source", "macros"), TYPICAL, ids=IDS)
+def test_every_tensor_is_read_and_written_in_128_bits(source, macros, tmp_path):
+    command = [NVCC, "-arch=sm_90", "-ptx", *OPTIONS, f"-I{FOLDER}", str(FOLDER / source / f"{source}.cu"), "-o", str(tmp_path / "ptx"),
+               *(f"-D{name}={value}" for name, value in macros.items())]
+    subprocess.run(command, check=True)
+    bodies = re.split(r"\.entry (\w+)\(", (tmp_path / "ptx").read_text())
+    kernels = {name: body for name, body in zip(bodies[1::2], bodies[2::2], strict=True) if not name.endswith("_finish")}
+    assert source in kernels
+    for kernel, body in kernels.items():
+        found = tuple(len(re.findall(rf"\b{access}\.global\S*\.v4\.\w32", body)) for access in ("ld", "st"))
+        assert found == vector_accesses(source, kernel, macros), kernel
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv(compiling.CACHE_VARIABLE, str(tmp_path / "kernels"))
@@ -166,6 +200,18 @@ def test_a_source_that_does_not_compile_shows_the_log(folder):
     with pytest.raises(KernelError, match=r"cannot compile guided_step.cu with .*sm_90(.|\n)*the argument structure differs"):
         compiled(source, {**macros, "ARGS_SIZE": 8}, 90)
     assert not folder.exists()
+
+
+def test_a_device_newer_than_the_compiler_takes_code_of_its_major_version_or_none(monkeypatch):
+    """CUDA 12.8 knows 10.0, 10.1 (a Tegra, whose code runs nowhere else) and 12.0."""
+    monkeypatch.setattr(compiling, "compiler", lambda: "NVRTC 12.8")
+    monkeypatch.setattr(compiling, "supported_architectures", lambda: [80, 86, 87, 89, 90, 100, 101, 120])
+    assert [target(arch) for arch in (80, 87, 90, 100, 103, 121)] == [80, 87, 90, 100, 100, 120]
+    with pytest.raises(KernelError, match=r"NVRTC 12.8 does not know compute capability 11.0; use a PyTorch built for a newer CUDA"):
+        target(110)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (11, 0))
+    assert "does not know compute capability 11.0" in backend._unavailable.__wrapped__(0)
 
 
 def test_without_bindings_the_message_says_what_is_missing(monkeypatch):

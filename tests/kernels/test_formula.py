@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import COMBINATIONS, KINDS, LEVEL, STEP, end_points, normal, outputs
-from visalign.kernels.formula import StepFormula, mean_and_velocity, obstacle
+from visalign.kernels.formula import StepFormula, mean_and_velocity, obstacle, training_obstacle
 from visalign.maths.combination import Combination
 from visalign.maths.gaussian import state_coefficients
 from visalign.maths.outputs import Outputs
@@ -88,3 +88,6 @@ def test_what_cannot_be_fused_says_why(combination, why):
 def test_outputs_of_several_dtypes_cannot_be_fused():
     mixed = Outputs((normal((1, 2), 0), normal((1, 2), 0, torch.bfloat16)), 0.5, 0.5)
     assert "several dtypes" in obstacle(mixed)
+    alike = Outputs((normal((1, 2), 0),) * 2, 0.5, 0.5)
+    assert training_obstacle(alike, alike) is None
+    assert "several dtypes" in training_obstacle(alike, mixed)

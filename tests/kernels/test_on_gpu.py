@@ -108,6 +108,33 @@ def test_paired_error_has_the_bits_of_the_host(engine, device, shape, dtype, mas
     assert_same(grads, expected_grads)
 
 
+def offset(tensor, by):
+    """The same values ``by`` elements into a larger storage."""
+    return tensor.new_empty(tensor.numel() + by)[by:].reshape(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_addresses_and_strides_change_no_bit(engine, device, dtype):
+    """A device faults on a 128-bit access that is not aligned, a host does not: odd offsets, odd rows, rows apart, transposed, masks."""
+    shape = (3, 5, 823)
+    found, x, noise = outputs(shape, COMBINATIONS[2], dtype=dtype, num_terms=1), normal(shape, 0), normal(shape, 9)
+    expected = step(engine, found, x, STEP, noise, None, dtype)
+    there = move(found, device)
+    apart = replace(there, tensors=tuple(offset(tensor, k + 1) for k, tensor in enumerate(there.tensors)))
+    gaps = torch.empty(3, 6, 823, device=device)[:, 1:]
+    transposed = replace(there, tensors=tuple(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in there.tensors))
+    for given, state in ((apart, offset(x.to(device), 1)), (transposed, gaps.copy_(x))):
+        assert_same(step(engine_of(device), given, state, STEP, offset(noise.to(device), 3), None, dtype), expected)
+    own, held, _, x0, noise = noised(shape, COMBINATIONS[2], "v_prediction", dtype)
+    mask, slopes = masks(shape)["broadcast"], (normal((3,), 3), normal((3,), 4))
+    got, grads = pair(engine_of(device), *(replace(move(one, device), tensors=tuple(offset(tensor.to(device), 1) for tensor in one.tensors))
+                                           for one in (own, held)), offset(x0.to(device), 2), offset(noise.to(device), 1), "flow",
+                      move(mask, device), tuple(slope.to(device) for slope in slopes))
+    expected, expected_grads = pair(engine, own, held, x0, noise, "flow", mask, slopes)
+    assert_same(vars(got).values(), vars(expected).values())
+    assert_same(grads, expected_grads)
+
+
 def test_auto_takes_the_kernels_and_names_the_device(device, caplog):
     assert resolve("auto", "guided_step", [torch.zeros(1, device=device)]) == "cuda"
     assert f"sm_{engine_of(device).arch}" in device_name(device.index)
@@ -178,6 +205,21 @@ def test_work_is_ordered_by_the_current_stream(device):
     side.synchronize()
     assert torch.equal(made, expected)
     assert bool(torch.isfinite(total))
+
+
+def test_paired_error_does_not_wait_for_the_device(device):
+    """Its scalars are copied behind what is queued: when both passes have been called the stream has not come to them yet."""
+    shape = (4, 16, 32, 32)
+    found, held, x, x0, noise = (move(value, device) for value in noised(shape, COMBINATIONS[1], "epsilon", torch.bfloat16))
+    leaf = found.tensors[0].requires_grad_()
+    begun = torch.cuda.Event()
+    for spin in (1, 2**31):  # compiled and loaded in the first round
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(spin)
+        begun.record()
+        terms = paired_error(found, x, x0, noise, space="flow", reference_outputs=held, backend="cuda")
+        torch.autograd.grad((terms.policy - terms.reference).sum(), leaf)
+    assert not begun.query()
 
 
 def test_a_thread_without_a_context_can_launch(device):

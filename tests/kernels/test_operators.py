@@ -169,3 +169,14 @@ def test_compile_keeps_paired_error_and_its_gradient():
         return torch.autograd.grad(function(leaf), leaf)[0]
 
     assert torch.equal(gradient(torch.compile(loss, fullgraph=True, backend="aot_eager")), gradient(loss))
+
+
+@pytest.mark.parametrize("operator", ["transition_log_prob", "paired_error"])
+def test_a_second_derivative_is_refused(operator):
+    """Their backward is a kernel: autograd cannot see into it, and would take the gradient for a constant."""
+    arguments = log_prob_arguments() if operator == "transition_log_prob" else pair_arguments()
+    tensors = next(argument for argument in arguments if isinstance(argument, list))
+    made = getattr(torch.ops.visalign, operator)(*arguments)[0]
+    (gradient, *_) = torch.autograd.grad(made.sum(), tensors, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again; use kernels: torch for second derivatives"):
+        torch.autograd.grad(gradient.square().sum(), tensors)

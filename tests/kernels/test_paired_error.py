@@ -231,6 +231,21 @@ def test_what_is_not_asked_for_is_not_computed():
     assert paired_error(found, x, x0, noise, space="flow", reference_outputs=held).gap is None
 
 
+def test_forward_and_backward_share_their_scalars():
+    """Worked out once per set of levels, whatever tensors hold these."""
+    found = noised((3, 5), COMBINATIONS[1], "epsilon")[0]
+    one, other = (coefficients(PairFormula(found.alpha.to(dtype), found.sigma.to(dtype), found.readout, "flow", 0.5))
+                  for dtype in (torch.float32, torch.float64))
+    assert one is other
+    assert coefficients(PairFormula(found.alpha, found.sigma, found.readout, "sample", 0.5)) is not one
+
+
+def test_a_mask_of_numbers_is_refused_before_its_bytes_are_read(engine):
+    found, held, _, x0, noise = noised((3, 50), COMBINATIONS[1])
+    with pytest.raises(ValueError, match=r"must be bool, got torch.float32"):
+        fused(engine, found, held, x0, noise, "flow", mask=(x0 > 0).float())
+
+
 def test_a_mask_keeps_padding_out(engine):
     """Even NaN, in the gradient too."""
     found, held, x, x0, noise = noised((2, 3, 8), COMBINATIONS[1])

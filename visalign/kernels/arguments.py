@@ -105,6 +105,15 @@ def as_tuple(found: Any) -> tuple[Tensor, ...]:
     return tuple(getattr(found, field.name) for field in fields(found))
 
 
+def no_second_derivative(*_: Any) -> Any:
+    """The gradient of an operator's gradient.
+
+    Raises:
+        RuntimeError: always; autograd would otherwise warn and go on as if the gradient were a constant.
+    """
+    raise RuntimeError("the gradient of a fused operator cannot be differentiated again; use kernels: torch for second derivatives")
+
+
 def num_chunks(dims: int) -> int:
     return -(-dims // CHUNK)
 

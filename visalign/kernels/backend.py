@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from visalign.kernels.compile import KernelError, compiler
+from visalign.kernels.compile import KernelError, compiler, target
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _unavailable(index: int) -> str | None:
     if capability < LOWEST_CAPABILITY:
         return f"the device has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0"
     try:
-        compiler()
+        target(10 * capability[0] + capability[1])
     except KernelError as error:
         return str(error)
     return None

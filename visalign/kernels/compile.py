@@ -102,6 +102,21 @@ def supported_architectures() -> list[int]:
     return list(_checked(nvrtc, nvrtc.nvrtcGetSupportedArchs()))
 
 
+def target(arch: int) -> int:
+    """What to compile for a device of compute capability ``arch`` (103 for 10.3): that, or, where the compiler is older than the device,
+    the first capability of its major version (100), whose machine code the device runs too.
+
+    Raises:
+        KernelError: no compiler, or one that knows neither.
+    """
+    name = compiler()
+    known = supported_architectures()
+    for one in (arch, arch // 10 * 10):
+        if one in known:
+            return one
+    raise KernelError(f"{name} does not know compute capability {arch // 10}.{arch % 10}; use a PyTorch built for a newer CUDA")
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "visalign" / "kernels").expanduser()
 

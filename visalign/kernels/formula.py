@@ -110,7 +110,7 @@ def training_obstacle(outputs: Outputs, reference: Outputs | None) -> str | None
         return "guided outputs are not trained on"
     if reference is not None and reference.readout != outputs.readout:
         return "the reference's outputs are read in another way"
-    if reference is not None and reference.tensors[0].dtype != outputs.tensors[0].dtype:
+    if reference is not None and {tensor.dtype for tensor in reference.tensors} != {tensor.dtype for tensor in outputs.tensors}:
         return "policy and reference have several dtypes"
     return obstacle(outputs)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from visalign.kernels.arguments import Macros
-from visalign.kernels.compile import KernelError, compiled
+from visalign.kernels.compile import KernelError, compiled, target
 
 BLOCKS_PER_PROCESSOR = 8  # of 256 threads: what a multiprocessor of compute capability 8.0 to 10.0 holds at most
 
@@ -26,7 +26,7 @@ class CudaEngine:
     def __init__(self, index: int) -> None:
         self.index = index
         properties = torch.cuda.get_device_properties(index)
-        self.arch = 10 * properties.major + properties.minor
+        self.arch = target(10 * properties.major + properties.minor)
         self.resident_blocks = BLOCKS_PER_PROCESSOR * properties.multi_processor_count
         with torch.cuda.device(index):
             torch.empty(1, device="cuda")  # PyTorch initialises the primary context

@@ -12,8 +12,6 @@
 const int THREADS = 256, GROUPS = 2, CHUNK = THREADS * LANES * GROUPS, WARP = 32, WARPS = THREADS / WARP;
 static_assert(CHUNK == CHUNK_SIZE, "chunks have another size in Python");
 
-struct __align__(16) Vector { u32 words[4]; };
-
 template <class T> __device__ __forceinline__ const T* row_of(const void* base, i64 stride, i64 row) {
     return (const T*)base + stride * row;
 }
@@ -28,9 +26,9 @@ __device__ __forceinline__ bool is_aligned(const void* pointer) { return ((u64)p
 template <class T> __device__ __forceinline__ void load(const T* row, i64 at, int count, float (&out)[LANES]) {
     const T* from = row + at;
     if (count == LANES && is_aligned(from)) {
-        union { Vector vectors[sizeof(T) * LANES / 16]; T values[LANES]; } packed;
+        union { uint4 vectors[sizeof(T) * LANES / 16]; T values[LANES]; } packed;
 #pragma unroll
-        for (int v = 0; v < (int)(sizeof(T) * LANES / 16); ++v) packed.vectors[v] = ((const Vector*)from)[v];
+        for (int v = 0; v < (int)(sizeof(T) * LANES / 16); ++v) packed.vectors[v] = ((const uint4*)from)[v];
 #pragma unroll
         for (int lane = 0; lane < LANES; ++lane) out[lane] = to_float(packed.values[lane]);
     } else {
@@ -50,11 +48,12 @@ __device__ __forceinline__ void load_each(const void* const (&bases)[N], const i
 template <class T> __device__ __forceinline__ void store(T* row, i64 at, int count, const float (&values)[LANES]) {
     T* to = row + at;
     if (count == LANES && is_aligned(to)) {
-        union { Vector vectors[sizeof(T) * LANES / 16]; T values[LANES]; } packed;
+        union { uint4 vectors[sizeof(T) * LANES / 16]; T values[LANES]; } packed;
 #pragma unroll
         for (int lane = 0; lane < LANES; ++lane) packed.values[lane] = from_float<T>(values[lane]);
 #pragma unroll
-        for (int v = 0; v < (int)(sizeof(T) * LANES / 16); ++v) ((Vector*)to)[v] = packed.vectors[v];
+        for (int v = 0; v < (int)(sizeof(T) * LANES / 16); ++v)
+            __stwb((uint4*)to + v, packed.vectors[v]);  // an assignment is merged with the branch below and split into words, of float32
     } else {
 #pragma unroll
         for (int lane = 0; lane < LANES; ++lane)

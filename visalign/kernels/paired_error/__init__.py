@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.kernels.arguments import as_tuple
+from visalign.kernels.arguments import as_tuple, no_second_derivative
 from visalign.kernels.backend import Backend, resolve
 from visalign.kernels.formula import training_obstacle
 from visalign.kernels.launch import engine_of
@@ -131,3 +131,4 @@ torch.library.impl("visalign::paired_error", "cpu", _cpu)
 torch.library.impl("visalign::paired_error_backward", "cuda", _backward_cuda)
 torch.library.impl("visalign::paired_error_backward", "cpu", _backward_cpu)
 torch.library.register_autograd("visalign::paired_error", _backward, setup_context=_setup)
+torch.library.register_autograd("visalign::paired_error_backward", no_second_derivative)

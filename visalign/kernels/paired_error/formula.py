@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,24 +62,36 @@ class PairCoefficients:
     Attributes:
         used: the outputs with a weight.
         table: a_k of these, a_x0, a_noise, b_x0, b_noise, float64 (B, len(used) + 4), on the CPU.
+        uses_x0, uses_noise: whether any sample needs them.
     """
 
     used: tuple[int, ...]
     table: Tensor
+    uses_x0: bool
+    uses_noise: bool
 
 
 def coefficients(formula: PairFormula) -> PairCoefficients:
-    """The formulas at the unit vectors of (m_1 .. m_K, x0, noise)."""
-    weights = (1.0, 1.0) if formula.readout is None else formula.readout.combination.weights
-    alpha, sigma = (level.to("cpu", torch.float64) for level in (formula.alpha, formula.sigma))
+    """The formulas at the unit vectors of (m_1 .. m_K, x0, noise); a backward pass finds those of its forward pass again."""
+    return _coefficients(*(tuple(level.tolist()) for level in (formula.alpha, formula.sigma)), formula.readout, formula.space,
+                         formula.sigma_data)
+
+
+@lru_cache(maxsize=256)
+def _coefficients(alphas: tuple[float, ...], sigmas: tuple[float, ...], readout: Readout | None, space: PredictionKind,
+                  sigma_data: float) -> PairCoefficients:
+    weights = (1.0, 1.0) if readout is None else readout.combination.weights
+    alpha, sigma = (torch.tensor(levels, dtype=torch.float64) for levels in (alphas, sigmas))
     unit = torch.eye(len(weights) + 2, dtype=torch.float64).expand(len(alpha), -1, -1).unbind(dim=1)
     *tensors, x0, noise = unit
     x = alpha.unsqueeze(1) * x0 + sigma.unsqueeze(1) * noise
 
     def in_space(prediction: Prediction) -> Tensor:
-        return from_prediction(prediction, alpha, sigma, formula.space, formula.sigma_data)
+        return from_prediction(prediction, alpha, sigma, space, sigma_data)
 
-    answer = in_space(Outputs(tuple(tensors), alpha, sigma, formula.readout).prediction(x))
+    answer = in_space(Outputs(tuple(tensors), alpha, sigma, readout).prediction(x))
     target = in_space(Prediction(x0=x0, x1=noise))
     used = tuple(k for k, weight in enumerate(weights) if weight != 0)
-    return PairCoefficients(used, torch.cat([answer[:, list(used)], answer[:, -2:], target[:, -2:]], dim=1))
+    table = torch.cat([answer[:, list(used)], answer[:, -2:], target[:, -2:]], dim=1)
+    by_x0, by_noise = (bool((table[:, columns] != 0).any()) for columns in ([-4, -2], [-3, -1]))
+    return PairCoefficients(used, table, by_x0, by_noise)

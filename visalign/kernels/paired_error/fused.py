@@ -39,7 +39,13 @@ class Found:
 
 
 def run(engine: Engine, given: Inputs, formula: PairFormula, norms: bool) -> Found:
-    """The forward pass."""
+    """The forward pass.
+
+    Raises:
+        ValueError: a mask that is not boolean, or a tensor of another shape or device than x0.
+    """
+    if given.mask is not None and given.mask.dtype != torch.bool:  # its bytes are read
+        raise ValueError(f"a mask of valid elements must be bool, got {given.mask.dtype}; compare it with a threshold first")
     mask = None if given.mask is None else given.mask.expand(given.x0.shape)
     check_alike(given.x0, noise=given.noise, outputs=given.outputs, reference=given.reference, mask=mask)
     found = empty(given, norms)
@@ -83,9 +89,8 @@ def _size(given: Inputs) -> tuple[int, int]:
 
 
 def _macros(given: Inputs, scalars: PairCoefficients, norms: bool) -> Macros:
-    by_x0, by_noise = (bool((scalars.table[:, columns] != 0).any()) for columns in ([-4, -2], [-3, -1]))
-    return {"NUM_OUTPUTS": len(scalars.used), "OUTPUT_TYPE": C_TYPES[given.outputs[0].dtype], "USES_X0": int(by_x0),
-            "USES_NOISE": int(by_noise), "HAS_REFERENCE": int(bool(given.reference)), "HAS_MASK": int(given.mask is not None),
+    return {"NUM_OUTPUTS": len(scalars.used), "OUTPUT_TYPE": C_TYPES[given.outputs[0].dtype], "USES_X0": int(scalars.uses_x0),
+            "USES_NOISE": int(scalars.uses_noise), "HAS_REFERENCE": int(bool(given.reference)), "HAS_MASK": int(given.mask is not None),
             "NORMS": int(norms)}
 
 
@@ -93,7 +98,7 @@ def _arguments(given: Inputs, scalars: PairCoefficients, found: Found, sums: Ten
                grads: Sequence[Tensor]) -> Arguments:
     """The structure of paired_error.cu, which all its kernels share."""
     (rows, dims), used = _size(given), scalars.used
-    table = scalars.table.float().contiguous().to(given.x0.device)
+    table = scalars.table.float().contiguous().to(given.x0.device, non_blocking=True)  # else the host would wait for the whole stream
     mask = None if given.mask is None else given.mask.expand(given.x0.shape)
     g = (None, None) if slopes is None else tuple(slope.contiguous() for slope in slopes)
     return (Arguments().rows(given.x0.float()).rows(given.noise.float()).rows(mask).rows(*(given.outputs[k] for k in used))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visalign.kernels.arguments import as_tuple
+from visalign.kernels.arguments import as_tuple, no_second_derivative
 from visalign.kernels.backend import Backend, resolve
 from visalign.kernels.formula import SCHEMA, StepFormula, training_obstacle
 from visalign.kernels.guidance_rescale.reference import moments
@@ -118,3 +118,4 @@ torch.library.impl("visalign::transition_log_prob", "cpu", _cpu)
 torch.library.impl("visalign::transition_log_prob_backward", "cuda", _backward_cuda)
 torch.library.impl("visalign::transition_log_prob_backward", "cpu", _backward_cpu)
 torch.library.register_autograd("visalign::transition_log_prob", _backward, setup_context=_setup)
+torch.library.register_autograd("visalign::transition_log_prob_backward", no_second_derivative)
