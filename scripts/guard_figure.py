@@ -1,6 +1,6 @@
 """Draw docs/overoptimisation.svg from the rows of ``benchmarks/overoptimisation.py``.
 
-python -m scripts.guard_figure
+python -m scripts.guard_figure        needs pip install -e ".[docs]"
 """
 
 from __future__ import annotations
