@@ -43,7 +43,7 @@ def test_the_file_is_what_the_library_computes_and_a_reward_loads_it(folder: Pat
     encoder = as_encoder({"reward": "clip", "model": str(clip_path())})
     media = [load_media(path) for path in sorted(folder.glob("*.png"))]
     expected, found = reference_statistics(media, encoder, num_features=10, seed=5), read_exemplars(out)
-    torch.testing.assert_close(found.gaussian.covariance, expected.gaussian.covariance, atol=1e-9, rtol=0)
+    torch.testing.assert_close(found.gaussian.covariance, expected.gaussian.covariance, atol=1e-7, rtol=0)  # batches of 7 and of 24
     torch.testing.assert_close(found.features, expected.features, atol=1e-6, rtol=0)
     assert (found.count, found.num_media, found.hash, found.unit) == (24, 24, encoder.hash, "sample")
     assert found.bandwidth == pytest.approx(median_distance(found.features.double()))
